@@ -1,0 +1,1 @@
+//! Frames: the one message format between hostd, api and agent.
