@@ -1,0 +1,156 @@
+"""The PEP 517 build backend of Sandgate: maturin, with what maturin does not build added first.
+
+    build_wheel / build_editable
+        1. native/*.pyx                → native/*.so                 (Cython and the C compiler)
+        2. native/crates/agent, plane  → native/bin/sandgate-*       (cargo)
+        3. native/crates/pyext         → native/_core.so, the wheel  (maturin)
+
+Every step is incremental: cargo and Cython rebuild only what changed. `SANDGATE_CARGO_PROFILE=dev` builds the
+programs without optimisation; anything installed should keep the default, `release`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import maturin
+
+ROOT = Path(__file__).resolve().parents[2]
+NATIVE = ROOT / "native"
+BIN = NATIVE / "bin"
+
+# What a source distribution holds, besides the Python packages.
+SDIST_FILES = ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
+SDIST_PACKAGES = ("gateway", "vmm", "previews", "native")
+SDIST_LEFT_OUT = {"__pycache__", "target", "bin"}
+SDIST_SUFFIXES_LEFT_OUT = {".so", ".c", ".pyc"}
+
+Config = dict[str, Any] | None
+
+get_requires_for_build_wheel = maturin.get_requires_for_build_wheel
+get_requires_for_build_editable = maturin.get_requires_for_build_editable
+prepare_metadata_for_build_wheel = maturin.prepare_metadata_for_build_wheel
+prepare_metadata_for_build_editable = maturin.prepare_metadata_for_build_editable
+
+
+def get_requires_for_build_sdist(config_settings: Config = None) -> list[str]:
+    """Nothing beyond `build-system.requires`."""
+    return []
+
+
+def build_wheel(directory: str, config_settings: Config = None, metadata_directory: str | None = None) -> str:
+    """Build everything and return the wheel's file name."""
+    build_native()
+    return maturin.build_wheel(directory, config_settings, metadata_directory)
+
+
+def build_editable(directory: str, config_settings: Config = None, metadata_directory: str | None = None) -> str:
+    """Build everything in place and return the file name of a wheel that points here."""
+    build_native()
+    return maturin.build_editable(directory, config_settings, metadata_directory)
+
+
+def build_sdist(directory: str, config_settings: Config = None) -> str:
+    """Pack the sources; maturin's own sdist would leave out the crates that its extension does not depend on."""
+    with tempfile.TemporaryDirectory() as scratch:
+        metadata = Path(scratch, maturin.prepare_metadata_for_build_wheel(scratch, config_settings), "METADATA")
+        fields = dict(line.split(": ", 1) for line in metadata.read_text().split("\n\n", 1)[0].splitlines() if ": " in line)
+        name = f"{fields['Name']}-{fields['Version']}"
+        with tarfile.open(Path(directory, f"{name}.tar.gz"), "w:gz", format=tarfile.PAX_FORMAT) as archive:
+            archive.add(metadata, f"{name}/PKG-INFO")
+            for path in sdist_paths():
+                archive.add(path, f"{name}/{path.relative_to(ROOT)}", recursive=False)
+    return f"{name}.tar.gz"
+
+
+def sdist_paths() -> Iterator[Path]:
+    """Every source file of the distribution, sorted."""
+    yield from (path for name in SDIST_FILES if (path := ROOT / name).exists())
+    for package in SDIST_PACKAGES:
+        for path in sorted((ROOT / package).rglob("*")):
+            left_out = SDIST_LEFT_OUT.intersection(path.relative_to(ROOT).parts)
+            if path.is_file() and not left_out and path.suffix not in SDIST_SUFFIXES_LEFT_OUT:
+                yield path
+
+
+def build_native() -> None:
+    """Compile the Cython modules and the Rust programs in place."""
+    build_cython()
+    build_programs()
+
+
+def build_cython() -> None:
+    """Compile `native/*.pyx` beside their sources."""
+    # Imported here because setuptools patches the standard library when it loads.
+    from setuptools import Distribution, Extension
+
+    from Cython.Build import cythonize
+
+    sources = sorted(NATIVE.glob("*.pyx"))
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        extensions = cythonize(
+            [Extension(f"native.{source.stem}", [str(source.relative_to(ROOT))], extra_compile_args=["-O3"]) for source in sources],
+            build_dir=str(NATIVE / "target" / "cython"),
+            compiler_directives={"language_level": "3"},
+            quiet=True,
+        )
+        # packages=[] keeps setuptools from searching the tree for packages of its own.
+        command = Distribution({"name": "sandgate", "packages": [], "ext_modules": extensions}).get_command_obj("build_ext")
+        command.inplace = True
+        command.build_temp = str(NATIVE / "target" / "cython")
+        command.ensure_finalized()
+        command.run()
+    finally:
+        os.chdir(before)
+
+
+def build_programs() -> None:
+    """Build the agent and the plane and publish them in `native/bin`."""
+    host = host_triple()
+    # The agent runs inside root file systems that we do not choose, so it brings its own C library. The flag goes
+    # through an explicit target: as RUSTFLAGS it would also hit build scripts and procedural macros.
+    static = {f"CARGO_TARGET_{host.upper().replace('-', '_')}_RUSTFLAGS": "-C target-feature=+crt-static"}
+    publish(cargo_build("sandgate-agent", ["--target", host], static))
+    publish(cargo_build("sandgate-plane", [], {}))
+
+
+def cargo_build(program: str, arguments: list[str], environment: dict[str, str]) -> Path:
+    """Build one program of the workspace and return its path."""
+    profile = os.environ.get("SANDGATE_CARGO_PROFILE", "release")
+    manifest = ["--manifest-path", str(NATIVE / "Cargo.toml"), "--locked"]
+    command = ["cargo", "build", *manifest, "--profile", profile, "--bin", program, *arguments]
+    subprocess.run(command, check=True, env={**os.environ, **environment}, stdout=sys.stderr)
+    target = Path(os.environ.get("CARGO_TARGET_DIR", NATIVE / "target"))
+    directory = target.joinpath(*arguments[1:2], "debug" if profile == "dev" else profile)
+    return directory / program
+
+
+def publish(program: Path) -> None:
+    """Put `program` into `native/bin` in one step, so that nobody starts half a file; leave an equal one alone."""
+    BIN.mkdir(exist_ok=True)
+    destination = BIN / program.name
+    if destination.exists() and destination.read_bytes() == program.read_bytes():
+        return
+    scratch = destination.with_suffix(".new")
+    shutil.copy2(program, scratch)
+    scratch.replace(destination)
+
+
+def host_triple() -> str:
+    """The target that the installed rustc builds for by default, such as x86_64-unknown-linux-gnu."""
+    lines = subprocess.run(["rustc", "-vV"], check=True, capture_output=True, text=True).stdout.splitlines()
+    return next(line.removeprefix("host: ") for line in lines if line.startswith("host: "))
+
+
+if __name__ == "__main__":
+    build_native()
