@@ -11,6 +11,7 @@ programs without optimisation; anything installed should keep the default, `rele
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -41,11 +42,6 @@ prepare_metadata_for_build_wheel = maturin.prepare_metadata_for_build_wheel
 prepare_metadata_for_build_editable = maturin.prepare_metadata_for_build_editable
 
 
-def get_requires_for_build_sdist(config_settings: Config = None) -> list[str]:
-    """Nothing beyond `build-system.requires`."""
-    return []
-
-
 def build_wheel(directory: str, config_settings: Config = None, metadata_directory: str | None = None) -> str:
     """Build everything and return the wheel's file name."""
     build_native()
@@ -61,9 +57,9 @@ def build_editable(directory: str, config_settings: Config = None, metadata_dire
 def build_sdist(directory: str, config_settings: Config = None) -> str:
     """Pack the sources; maturin's own sdist would leave out the crates that its extension does not depend on."""
     with tempfile.TemporaryDirectory() as scratch:
-        metadata = Path(scratch, maturin.prepare_metadata_for_build_wheel(scratch, config_settings), "METADATA")
-        fields = dict(line.split(": ", 1) for line in metadata.read_text().split("\n\n", 1)[0].splitlines() if ": " in line)
-        name = f"{fields['Name']}-{fields['Version']}"
+        info = maturin.prepare_metadata_for_build_wheel(scratch, config_settings)
+        metadata = Path(scratch, info, "METADATA")
+        name = info.removesuffix(".dist-info")
         with tarfile.open(Path(directory, f"{name}.tar.gz"), "w:gz", format=tarfile.PAX_FORMAT) as archive:
             archive.add(metadata, f"{name}/PKG-INFO")
             for path in sdist_paths():
@@ -89,29 +85,26 @@ def build_native() -> None:
 
 def build_cython() -> None:
     """Compile `native/*.pyx` beside their sources."""
-    # Imported here because setuptools patches the standard library when it loads.
-    from setuptools import Distribution, Extension
+    # setuptools patches the standard library when it is imported, so it comes only when it is needed, and first.
+    from setuptools import Distribution, Extension  # noqa: I001, PLC0415
 
-    from Cython.Build import cythonize
+    from Cython.Build import cythonize  # noqa: PLC0415
 
-    sources = sorted(NATIVE.glob("*.pyx"))
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
-        extensions = cythonize(
-            [Extension(f"native.{source.stem}", [str(source.relative_to(ROOT))], extra_compile_args=["-O3"]) for source in sources],
-            build_dir=str(NATIVE / "target" / "cython"),
-            compiler_directives={"language_level": "3"},
-            quiet=True,
+    scratch = str(NATIVE / "target" / "cython")
+    with contextlib.chdir(ROOT):
+        extensions = [
+            Extension(f"native.{source.stem}", [str(source)], extra_compile_args=["-O3"])
+            for source in sorted(Path("native").glob("*.pyx"))
+        ]
+        modules = cythonize(extensions, build_dir=scratch, compiler_directives={"language_level": "3"}, quiet=True)
+        # Named packages keep setuptools from searching the tree for its own idea of what to pack.
+        command = Distribution({"name": "sandgate", "packages": ["native"], "ext_modules": modules}).get_command_obj(
+            "build_ext"
         )
-        # packages=[] keeps setuptools from searching the tree for packages of its own.
-        command = Distribution({"name": "sandgate", "packages": [], "ext_modules": extensions}).get_command_obj("build_ext")
         command.inplace = True
-        command.build_temp = str(NATIVE / "target" / "cython")
+        command.build_lib = command.build_temp = scratch
         command.ensure_finalized()
         command.run()
-    finally:
-        os.chdir(before)
 
 
 def build_programs() -> None:
