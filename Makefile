@@ -1,0 +1,63 @@
+# Everything a developer or operator runs. `make help` lists it.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help run doctor setup setup-dev build test lint types rust pytest clients fmt bench lock clean
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+help: ## Show the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do printf '%-10s %s\n' "$$target" "$$text"; done
+
+run: build ## Set up, build and serve in the foreground; Ctrl-C stops everything
+	@exec sandgate serve
+
+doctor: build ## Say what this host lacks, and how to fix it
+	@sandgate doctor
+
+setup: ## Install host packages and run-time dependencies
+	@scripts/setup
+
+setup-dev: ## The same with what the tests need
+	@scripts/setup --dev
+
+build: setup ## Build the native parts in place
+	@scripts/build
+
+test: setup-dev ## Set up, build, then every check and test
+	@scripts/build
+	@$(MAKE) --no-print-directory lint types rust clients pytest
+
+lint: ## ruff, and hadolint for the Dockerfile
+	@ruff check .
+	@ruff format --check .
+	@hadolint Dockerfile
+
+types: ## mypy --strict
+	@mypy
+
+rust: ## cargo fmt, clippy and tests
+	@cargo fmt --manifest-path native/Cargo.toml --all --check
+	@cargo clippy --manifest-path native/Cargo.toml --locked --workspace --all-targets --quiet -- --deny warnings
+	@cargo test --manifest-path native/Cargo.toml --locked --workspace --quiet
+
+clients: ## Environments with each supported release of the MIOSA client
+	@scripts/client-envs
+
+pytest: ## The Python tests
+	@pytest
+
+fmt: ## Format everything
+	@ruff check --fix-only --quiet .
+	@ruff format .
+	@cargo fmt --manifest-path native/Cargo.toml --all
+
+bench: build ## Measure a running stack (loadtests/baseline)
+	@python -m loadtests.baseline
+
+lock: ## Renew requirements/*.lock
+	@scripts/lock
+
+clean: ## Remove what was built, not the data
+	rm -rf .venv .build build dist native/target native/bin native/*.so .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
