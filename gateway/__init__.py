@@ -1,0 +1,1 @@
+"""The gateway: the API in front of sandboxes, its state, and the server that runs all parts."""

@@ -1,0 +1,308 @@
+"""Every setting of the server in one table.
+
+A setting comes from, in this order: a command-line flag of `sandgate serve`, the environment (`SANDGATE_<NAME>`), the
+TOML file named by `SANDGATE_CONFIG` (keys in lower case), the default below. docs/settings.md is printed from the same
+table by `python -m gateway.settings`; a test notices when it is out of date.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+#: A Unix socket's path may have 107 bytes; the longest name in the run directory is "/hostd.sock".
+_RUN_DIR_BYTES_MAX = 107 - len("/hostd.sock")
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+
+
+class SettingsError(Exception):
+    """A setting has an impossible value; the message names it and says what would be possible."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What the table says about a setting besides its name, type and default."""
+
+    meaning: str
+    least: float | None = None
+    most: float | None = None
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The server's settings. Durations are seconds, sizes bytes unless the name says otherwise."""
+
+    home: Annotated[Path, Row("Data directory: database, credentials, journal, sockets.")] = Path(".sandgate")
+    cache: Annotated[Path, Row("Where built templates are kept between runs.")] = Path("/var/cache/sandgate")
+    listen: Annotated[str, Row("Address of the public listener. `0.0.0.0:8080` opens it to the network.")] = (
+        "127.0.0.1:8080"
+    )
+    admin_listen: Annotated[str, Row("Address of /metrics, /healthz and /readyz. Keep it private.")] = "127.0.0.1:9090"
+    domain: Annotated[str, Row("Previews live at `<port>-<slug>.sandbox.<domain>`.")] = "localhost"
+    public_url: Annotated[
+        str, Row("Origin clients use, when a proxy stands in front; empty: made from `SANDGATE_LISTEN`.")
+    ] = ""
+    database_url: Annotated[str, Row("SQLAlchemy URL; empty: SQLite in the data directory.")] = ""
+    workers: Annotated[int, Row("API worker processes; 0: one per core, at most 2.", least=0, most=256)] = 0
+    region: Annotated[str, Row("Region reported for sandboxes of this server.")] = "local"
+    log_level: Annotated[str, Row("Least severe log lines written.", choices=("debug", "info", "warning", "error"))] = (
+        "info"
+    )
+    log_format: Annotated[
+        str, Row("`json`: one object per line; `text`: for a terminal.", choices=("json", "text"))
+    ] = "json"
+    access_log: Annotated[bool, Row("Write one log line per API request.")] = True
+
+    request_timeout_s: Annotated[float, Row("Time an API request may take unless its route sets another.", least=1)] = (
+        60.0
+    )
+    exec_timeout_max_s: Annotated[float, Row("Longest timeout a command may ask for.", least=1)] = 3600.0
+    json_body_bytes_max: Annotated[int, Row("Largest JSON body.", least=1024)] = 10_000_000
+    upload_bytes_max: Annotated[int, Row("Largest streamed upload.", least=1024)] = 2 * 1024**3
+    rate_limit_per_minute: Annotated[int, Row("Requests a workspace may make per minute; 0: no limit.", least=0)] = 300
+    auth_failures_per_minute: Annotated[
+        int, Row("Refused keys per client address and minute before it has to wait; 0: no limit.", least=0)
+    ] = 30
+    idempotency_ttl_s: Annotated[float, Row("How long an answer is kept for its idempotency key.", least=1)] = 86_400.0
+    idempotency_wait_s: Annotated[
+        float, Row("How long a second request waits for the first with its idempotency key.", least=0)
+    ] = 25.0
+    idempotency_answer_bytes_max: Annotated[
+        int, Row("Largest answer kept for replay; the key of a larger one is refused afterwards.", least=1024)
+    ] = 8 * 1024**2
+
+    driver: Annotated[
+        str, Row("What runs machines; `fake` starts none and is for tests.", choices=("gvisor", "fake"))
+    ] = "gvisor"
+    default_template: Annotated[str, Row("Template of a sandbox that names none.")] = "base"
+    sandbox_cpu_count: Annotated[float, Row("Cores of a sandbox that asks for none.", least=0.1)] = 1.0
+    sandbox_cpu_count_max: Annotated[float, Row("Most cores a sandbox may ask for.", least=0.1)] = 8.0
+    sandbox_memory_mib: Annotated[int, Row("Memory of a sandbox that asks for none.", least=64)] = 1024
+    sandbox_memory_mib_max: Annotated[int, Row("Most memory a sandbox may ask for.", least=64)] = 16_384
+    sandbox_disk_mib: Annotated[int, Row("Disk of a sandbox that asks for none.", least=16)] = 3072
+    sandbox_disk_mib_max: Annotated[int, Row("Most disk a sandbox may ask for.", least=16)] = 32_768
+    sandbox_timeout_s: Annotated[float, Row("Life of a sandbox that asks for none.", least=1)] = 3600.0
+    sandbox_timeout_max_s: Annotated[float, Row("Longest life a sandbox may ask for.", least=1)] = 86_400.0
+    sandbox_idle_timeout_s: Annotated[
+        float | None,
+        Row("Time without activity after which a sandbox that asks for none is destroyed; or `never`.", least=1),
+    ] = None
+    sandboxes_per_workspace: Annotated[int, Row("Living sandboxes a workspace may have.", least=1)] = 100
+    drain_timeout_s: Annotated[float, Row("Time open requests get to end when the server stops.", least=0)] = 10.0
+    ready_timeout_s: Annotated[float, Row("Time a part of the server may take to start.", least=1)] = 60.0
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the sockets are: below `home`, or a short path made from it when that would be too long to bind."""
+        path = self.home.absolute() / "run"
+        if len(os.fsencode(path)) <= _RUN_DIR_BYTES_MAX:
+            return path
+        digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+        return Path(f"/run/sandgate-{digest}") if os.geteuid() == 0 else Path(f"/tmp/sandgate-{digest}")  # noqa: S108
+
+    @property
+    def hostd_socket(self) -> Path:
+        return self.run_dir / "hostd.sock"
+
+    @property
+    def api_socket(self) -> Path:
+        return self.run_dir / "api.sock"
+
+    @property
+    def plane_socket(self) -> Path:
+        return self.run_dir / "plane.sock"
+
+    @property
+    def lmdb_dir(self) -> Path:
+        return self.home / "lmdb"
+
+    @property
+    def credentials_file(self) -> Path:
+        return self.home / "credentials.json"
+
+    @property
+    def effective_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.home.absolute() / 'sandgate.db'}"
+
+    @property
+    def effective_workers(self) -> int:
+        return self.workers or min(len(os.sched_getaffinity(0)), 2)
+
+    @property
+    def public_port(self) -> int:
+        """The port in preview URLs."""
+        return split_address(self.listen)[1]
+
+    @property
+    def origin(self) -> str:
+        """Where clients find the server, without a trailing slash."""
+        if self.public_url:
+            return self.public_url.rstrip("/")
+        host, port = split_address(self.listen)
+        reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+        return f"http://{reachable}:{port}"
+
+    @property
+    def api_base_url(self) -> str:
+        """What a MIOSA client is given as its base URL."""
+        return f"{self.origin}/api/v1"
+
+    def environment(self) -> dict[str, str]:
+        """The same settings as environment variables, for the server's child processes."""
+        return {env_name(name): "never" if value is None else str(value) for name, value in asdict(self).items()}
+
+
+@functools.cache
+def table() -> dict[str, tuple[Any, Row]]:
+    """Every setting's type and row, by name, in the order of the documentation."""
+    hints = typing.get_type_hints(Settings, include_extras=True)
+    return {name: typing.get_args(hint) for name, hint in hints.items()}
+
+
+def env_name(name: str) -> str:
+    """The environment variable of a setting."""
+    return f"SANDGATE_{name.upper()}"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`host:port` or `[v6]:port` in its parts. Raises ValueError if it is neither."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
+        raise ValueError(f"{address!r} is not host:port")
+    if host.startswith("[") and host.endswith("]"):
+        return host[1:-1], int(port)
+    if ":" in host:
+        raise ValueError(f"{address!r}: an IPv6 address goes in brackets")
+    return host, int(port)
+
+
+def load(environ: Mapping[str, str], overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Read the settings.
+
+    overrides: settings by name, from the command line; they win.
+    Raises SettingsError for a value that cannot be, an unknown key in the TOML file, or a file that cannot be read.
+    """
+    flags = {} if overrides is None else overrides
+    from_file = _read_toml(environ.get("SANDGATE_CONFIG", ""))
+    values: dict[str, Any] = {}
+    for name, (kind, row) in table().items():
+        if flags.get(name) is not None:
+            values[name] = _parse(kind, row, flags[name], f"--{name.replace('_', '-')}")
+        elif env_name(name) in environ:
+            values[name] = _parse(kind, row, environ[env_name(name)], env_name(name))
+        elif name in from_file:
+            values[name] = _parse(kind, row, from_file[name], f"SANDGATE_CONFIG: {name}")
+    if unknown := from_file.keys() - table().keys():
+        raise SettingsError(f"SANDGATE_CONFIG: no such setting: {', '.join(sorted(unknown))}")
+    settings = Settings(**values)
+    settings = replace(settings, home=settings.home.absolute(), cache=settings.cache.absolute())
+    _check_together(settings)
+    return settings
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """`SANDGATE_*` variables that name no setting: most likely misspelt."""
+    known = {env_name(name) for name in table()} | {"SANDGATE_CONFIG"}
+    return sorted(name for name in environ if name.startswith("SANDGATE_") and name not in known)
+
+
+def make_private_dir(path: Path) -> None:
+    """Make a directory only its owner can enter; one that exists is narrowed."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.chmod(0o700)
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    if not path:
+        return {}
+    try:
+        with Path(path).open("rb") as file:
+            return tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"SANDGATE_CONFIG={path}: {error}") from error
+
+
+def _parse(kind: Any, row: Row, raw: Any, source: str) -> Any:
+    text = str(raw).strip()
+    try:
+        value = _convert(kind, text)
+    except ValueError as error:
+        raise SettingsError(f"{source}={text}: {error}") from None
+    if row.choices and value not in row.choices:
+        raise SettingsError(f"{source}={text}: must be one of {', '.join(row.choices)}")
+    # Written so that NaN fails too.
+    if row.least is not None and value is not None and not value >= row.least:
+        raise SettingsError(f"{source}={text}: must be at least {row.least}")
+    if row.most is not None and value is not None and not value <= row.most:
+        raise SettingsError(f"{source}={text}: must be at most {row.most}")
+    return value
+
+
+def _convert(kind: Any, text: str) -> Any:
+    if isinstance(kind, types.UnionType):  # the only one in the table: a type or None
+        return None if text.lower() in {"", "never"} else _convert(typing.get_args(kind)[0], text)
+    if kind is bool:
+        if text.lower() not in _TRUE | _FALSE:
+            raise ValueError("must be true or false")
+        return text.lower() in _TRUE
+    if kind in {int, float}:
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError("must be a whole number" if kind is int else "must be a number") from None
+    return kind(text)
+
+
+def _check_together(settings: Settings) -> None:
+    for name in ("listen", "admin_listen"):
+        try:
+            split_address(getattr(settings, name))
+        except ValueError as error:
+            raise SettingsError(f"{env_name(name)}: {error}") from None
+    if settings.listen == settings.admin_listen and settings.public_port != 0:
+        raise SettingsError("SANDGATE_ADMIN_LISTEN must differ from SANDGATE_LISTEN")
+    for name in ("cpu_count", "memory_mib", "disk_mib"):
+        if getattr(settings, f"sandbox_{name}") > getattr(settings, f"sandbox_{name}_max"):
+            raise SettingsError(f"{env_name(f'sandbox_{name}')} is over {env_name(f'sandbox_{name}_max')}")
+    if settings.sandbox_timeout_s > settings.sandbox_timeout_max_s:
+        raise SettingsError("SANDGATE_SANDBOX_TIMEOUT_S is over SANDGATE_SANDBOX_TIMEOUT_MAX_S")
+    if settings.public_url and not settings.public_url.startswith(("http://", "https://")):
+        raise SettingsError(f"SANDGATE_PUBLIC_URL={settings.public_url}: must start with http:// or https://")
+
+
+def as_markdown() -> str:
+    """The table of docs/settings.md."""
+    lines = [
+        "# Settings",
+        "",
+        "Each setting is an environment variable. The TOML file named by `SANDGATE_CONFIG` takes the same names in",
+        "lower case, without the prefix; `sandgate serve --help` lists those that have a flag. A flag wins over the",
+        "environment, the environment over the file. Durations are in seconds, sizes in bytes unless the name says",
+        "otherwise.",
+        "",
+        "| variable | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for name, (kind, row) in table().items():
+        default = getattr(Settings(), name)
+        shown = "" if default == "" else f"`{'never' if default is None else default}`"
+        spelt = (
+            " or ".join(row.choices) or (kind if isinstance(kind, type) else typing.get_args(kind)[0]).__name__.lower()
+        )
+        lines.append(f"| `{env_name(name)}` | {spelt} | {shown} | {row.meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")
