@@ -1,9 +1,9 @@
 """Frames of the agent and hostd protocol: encode them, decode them from a byte stream of any chunking.
 
-A frame is `(type, channel, stream, offset, payload)`. `offset` is the u64 with which the payloads of DATA, END and CREDIT
-begin; it is split off here, so that the bytes of a DATA frame are copied once, from the received chunk into the object
-handed on. For every other type it is 0. Flow control and the meaning of a frame are not this module's business: see
-`vmm.link`. The layout and every limit come from docs/protocol.md ("Frames").
+A frame is `(type, channel, stream, offset, payload)`. `offset` is the u64 with which the payloads of DATA, END and
+CREDIT begin; it is split off here, so that the bytes of a DATA frame are copied once, from the received chunk into the
+object handed on. For every other type it is 0. Flow control and the meaning of a frame are not this module's business:
+see `vmm.link`. The layout and every limit come from docs/protocol.md ("Frames").
 """
 
 from __future__ import annotations
