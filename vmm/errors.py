@@ -17,8 +17,8 @@ Source = Literal["caller", "us", "sandbox", "host"]
 #: Codes that a second try cannot mend belong to whoever has to change something; these are ours or the host's.
 _US = frozenset({"bad_frame", "unauthorized", "internal"})
 _HOST = frozenset({"driver_failed", "no_capacity", "link_lost", "host_unreachable"})
-_SANDBOX = frozenset({"agent_unreachable", "machine_not_running", "no_space", "io_error"})
-_RETRYABLE = frozenset({"link_lost", "host_unreachable", "no_capacity", "agent_unreachable"})
+_SANDBOX = frozenset({"agent_unreachable", "machine_not_running", "no_answer", "no_space", "io_error"})
+_RETRYABLE = frozenset({"link_lost", "host_unreachable", "no_capacity", "agent_unreachable", "no_answer"})
 
 
 class VmmError(Exception):
