@@ -131,7 +131,7 @@ class Stream:
         return self._take() if self._items else None
 
     async def send(self, data: bytes) -> None:
-        """Send input, waiting for credit and for room in the connection. After an error, `sent` tells how far it came."""
+        """Send input, waiting for credit and for room in the connection. After an error `sent` tells how far it got."""
         if self._writer is not None:
             raise RuntimeError("a stream has one writer at a time")
         view = memoryview(data)

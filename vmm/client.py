@@ -1,0 +1,191 @@
+"""Talks to hostd: machine operations, the life of machines as a stream, and the agents behind it.
+
+One connection carries everything. It is made when it is first needed and again after it broke, by whoever needs it
+next: nothing runs in the background, so there is nothing to supervise. Deadlines are those of `vmm.calls`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, replace
+from types import TracebackType
+from typing import Any, Self
+
+from vmm.agent import Agent
+from vmm.calls import Patience, call, decode, is_break, open_stream, within
+from vmm.errors import LinkError, VmmError
+from vmm.link import Link, unix
+from vmm.stream import Event, Stream
+from vmm.types import HostInfo, MachineInfo, MachineSpec, MachineState, MachineStats, StopCause, TemplateInfo
+
+#: A restarted hostd listens again within a second or two; asking more often than this only costs.
+_CONNECT_DELAY_MIN_S = 0.02
+_CONNECT_DELAY_MAX_S = 0.25
+
+_OVER = (MachineState.STOPPED, MachineState.FAILED)
+
+
+class _Unset:
+    """The type of an argument that was not given, where None has a meaning of its own."""
+
+
+UNSET = _Unset()
+
+
+class HostClient:
+    """A client of the hostd that listens on a Unix socket. Use as an async context manager, or `close` it."""
+
+    def __init__(self, socket_path: str) -> None:
+        self._dial = unix(socket_path)
+        self._link: Link | None = None
+        self._connecting = asyncio.Lock()
+        self._is_closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection; everything under way fails with LinkError."""
+        self._is_closed = True
+        if self._link is not None:
+            self._link.close()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a working connection right now."""
+        return self._link is not None and self._link.is_open
+
+    async def link(self, deadline: float) -> Link:
+        """The connection, made if need be. Raises LinkError `host_unreachable` at the deadline."""
+        if self._link is not None and self._link.is_open:
+            return self._link
+        try:
+            async with asyncio.timeout_at(deadline), self._connecting:
+                return await self._connect()
+        except TimeoutError as error:
+            raise LinkError("host_unreachable", "the host service does not answer") from error
+
+    def agent(self, machine_id: str, *, passive: bool = False) -> Agent:
+        """The agent of a machine. With `passive`, what is asked of it does not count as activity."""
+        return Agent(self.link, machine_id, passive=passive)
+
+    async def create_machine(self, spec: MachineSpec, *, deadline: float | None = None) -> MachineInfo:
+        """Make a machine and wait until its agent answers; the same id twice yields the same machine."""
+        fields = asdict(spec)
+        return decode(MachineInfo, await self._call("machine.create", deadline, **fields))
+
+    async def destroy_machine(self, machine_id: str, cause: StopCause, *, deadline: float | None = None) -> bool:
+        """End a machine; returns whether it existed."""
+        reply = await self._call("machine.destroy", deadline, id=machine_id, cause=cause)
+        return decode(bool, reply.get("existed"))
+
+    async def get_machine(self, machine_id: str, *, deadline: float | None = None) -> MachineInfo:
+        """One machine. Raises MachineError `machine_not_found`."""
+        return decode(MachineInfo, await self._call("machine.get", deadline, id=machine_id))
+
+    async def list_machines(self, *, deadline: float | None = None) -> list[MachineInfo]:
+        """Every machine that the host knows."""
+        return decode(list[MachineInfo], (await self._call("machine.list", deadline)).get("machines"))
+
+    async def update_machine(
+        self,
+        machine_id: str,
+        *,
+        expires_at: float | _Unset | None = UNSET,
+        idle_timeout_s: float | _Unset | None = UNSET,
+        deadline: float | None = None,
+    ) -> MachineInfo:
+        """Change what is given; None means never."""
+        given = {"expires_at": expires_at, "idle_timeout_s": idle_timeout_s}
+        fields = {name: value for name, value in given.items() if not isinstance(value, _Unset)}
+        return decode(MachineInfo, await self._call("machine.update", deadline, id=machine_id, **fields))
+
+    async def touch(self, machine_ids: Sequence[str], *, deadline: float | None = None) -> None:
+        """Report activity that hostd cannot see, such as preview traffic."""
+        await self._call("machine.touch", deadline, ids=list(machine_ids))
+
+    async def stats(self, machine_id: str, *, deadline: float | None = None) -> MachineStats:
+        """Resource use as the host accounts it."""
+        return decode(MachineStats, await self._call("machine.stats", deadline, id=machine_id))
+
+    async def templates(self, *, deadline: float | None = None) -> list[TemplateInfo]:
+        """What machines can be made from."""
+        return decode(list[TemplateInfo], (await self._call("template.list", deadline)).get("templates"))
+
+    async def host_info(self, *, deadline: float | None = None) -> HostInfo:
+        """What the host can do and how full it is."""
+        return decode(HostInfo, await self._call("host.info", deadline))
+
+    async def events(self) -> AsyncIterator[MachineInfo]:
+        """Every machine as it is now, then every change of one, for as long as the caller listens.
+
+        After a break the machines are listed again and what differs is told, so that no change stays unseen. One that
+        is not known any more is told as stopped with cause `lost`.
+        """
+        seen: dict[str, MachineInfo] = {}
+        while not self._is_closed:
+            try:
+                async for machine in self._events_of_one_link(seen):
+                    yield machine
+            except VmmError as error:
+                if not is_break(error) and error.code != "host_unreachable":
+                    raise
+            await asyncio.sleep(_CONNECT_DELAY_MIN_S)
+
+    async def _events_of_one_link(self, seen: dict[str, MachineInfo]) -> AsyncIterator[MachineInfo]:
+        async with within(None) as limit:
+            stream = await open_stream(self.link, {"op": "machine.events"}, Patience(limit))
+        with stream:
+            async with within(None):
+                await stream.reply()
+            for machine in _differences(seen, await self.list_machines()):
+                yield machine
+            async for event in _machine_events(stream):
+                if event.get("type") == "overflow":
+                    return
+                yield _note(seen, decode(MachineInfo, event.get("machine")))
+
+    async def _call(self, name: str, deadline: float | None, **fields: Any) -> dict[str, Any]:
+        return await call(self.link, {"op": name, **fields}, deadline=deadline, is_repeatable=True)
+
+    async def _connect(self) -> Link:
+        delay_s = _CONNECT_DELAY_MIN_S
+        while not self._is_closed:
+            if self._link is not None and self._link.is_open:
+                return self._link
+            try:
+                self._link = await Link.connect(self._dial, role="api")
+            except (OSError, LinkError):
+                # Refused or cut while it starts. What is wrong for good shows as `host_unreachable` at the deadline.
+                await asyncio.sleep(delay_s)
+                delay_s = min(delay_s * 2, _CONNECT_DELAY_MAX_S)
+        raise LinkError("host_unreachable", "the client has been closed")
+
+
+async def _machine_events(stream: Stream) -> AsyncIterator[Event]:
+    async for item in stream:
+        if isinstance(item, Event):
+            yield item
+
+
+def _note(seen: dict[str, MachineInfo], machine: MachineInfo) -> MachineInfo:
+    if machine.state in _OVER:
+        seen.pop(machine.id, None)
+    else:
+        seen[machine.id] = machine
+    return machine
+
+
+def _differences(seen: dict[str, MachineInfo], machines: Sequence[MachineInfo]) -> list[MachineInfo]:
+    known = {machine.id for machine in machines}
+    gone = [machine for machine_id, machine in seen.items() if machine_id not in known]
+    changed = [machine for machine in machines if seen.get(machine.id) != machine]
+    lost = [replace(m, state=MachineState.STOPPED, cause=StopCause.LOST, stopped_at=time.time()) for m in gone]
+    return [_note(seen, machine) for machine in (*lost, *changed)]
