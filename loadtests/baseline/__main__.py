@@ -1,0 +1,89 @@
+"""`python -m loadtests.baseline`: measure a server and print the table.
+
+Without --url it starts a server of its own with the rate limit out of the way, and a second pair with the `fake`
+driver to see what the limit costs. Results go to loadtests/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import orjson
+
+from loadtests import report
+from loadtests.baseline import cases
+from loadtests.http import Connection
+from loadtests.report import Row
+from loadtests.server import Target, serve
+
+#: Enough for every case in one minute's bucket, and still a limit that is checked.
+SETTINGS = {"SANDGATE_RATE_LIMIT_PER_MINUTE": "10000000", "SANDGATE_ACCESS_LOG": "false"}
+
+
+async def measure(target: Target) -> list[Row]:
+    """Every case that needs real sandboxes."""
+    rows: list[Row] = []
+    async with Connection(target.base_url, target.key) as api:
+        for name, case in (
+            ("create, first command, destroy", cases.creating(api, target)),
+            ("exec", cases.executing(api)),
+            ("streams", cases.streaming(api)),
+            ("GET", cases.reading(target, api)),
+            ("idempotent replay", cases.replaying(api)),
+        ):
+            say(f"measuring: {name}")
+            rows += await case
+    return rows
+
+
+async def measure_limit() -> list[Row]:
+    """The cost of the rate limit, on two servers that run no machines."""
+    say("measuring: rate limit")
+    without = {**SETTINGS, "SANDGATE_DRIVER": "fake", "SANDGATE_RATE_LIMIT_PER_MINUTE": "0"}
+    async with (
+        serve({**SETTINGS, "SANDGATE_DRIVER": "fake"}) as limited,
+        serve(without) as unlimited,
+        Connection(limited.base_url, limited.key) as first,
+        Connection(unlimited.base_url, unlimited.key) as second,
+    ):
+        return await cases.limiting(first, second)
+
+
+async def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m loadtests.baseline", description=__doc__)
+    parser.add_argument("--url", help="base URL of a running server; its rate limit must be out of the way")
+    parser.add_argument("--key", default=os.environ.get("SANDGATE_API_KEY"), help="API key for --url")
+    parser.add_argument("--out", type=Path, default=Path("loadtests/results"), help="directory for the results")
+    options = parser.parse_args(arguments)
+    if options.url and not options.key:
+        parser.error("--url needs --key or SANDGATE_API_KEY")
+
+    if options.url:
+        rows = await measure(Target(options.url, options.key))
+    else:
+        say("starting a server")
+        async with serve(SETTINGS) as target:
+            rows = await measure(target)
+        rows += await measure_limit()
+
+    about = report.facts({} if options.url else SETTINGS)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"baseline-{about['measured_at'].replace(':', '')}.json"
+    path.write_bytes(orjson.dumps(report.as_json(rows, about), option=orjson.OPT_INDENT_2))
+    table = report.markdown(rows, about)
+    path.with_suffix(".md").write_text(table)
+    print(table)
+    say(f"written to {path} and {path.with_suffix('.md').name}")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1:]))

@@ -1,0 +1,229 @@
+"""The measured calls. Each case takes open connections and returns rows; targets are those of docs/performance.md.
+
+Latencies are closed-loop: one client, the next request when the answer is complete. Rates use several connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from loadtests import report
+from loadtests.http import Answer, Connection
+from loadtests.report import Row
+from loadtests.server import Target
+
+#: No case runs longer than this, however slow the server is.
+CASE_TIME_S = 30.0
+
+STDOUT_BYTES = 256 * 1024 * 1024
+GET_CONNECTIONS = 16
+GET_TIME_S = 5.0
+
+
+async def samples(call: Callable[[], Awaitable[object]], count: int) -> list[float]:
+    """Seconds that each of up to `count` calls took, within the time of a case."""
+    durations: list[float] = []
+    deadline = time.perf_counter() + CASE_TIME_S
+    while len(durations) < count and time.perf_counter() < deadline:
+        started = time.perf_counter()
+        await call()
+        durations.append(time.perf_counter() - started)
+    return durations
+
+
+async def create(api: Connection) -> str:
+    """Make a sandbox and return its id."""
+    answer = await api.call("POST", "/sandboxes", {}, expect=201)
+    return str(answer.json()["id"])
+
+
+async def destroy(api: Connection, sandbox_id: str) -> None:
+    await api.call("DELETE", f"/sandboxes/{sandbox_id}", expect=204)
+
+
+async def run(api: Connection, sandbox_id: str, body: dict[str, object]) -> Answer:
+    """Run a command and insist that it worked."""
+    answer = await api.call("POST", f"/sandboxes/{sandbox_id}/exec", body)
+    if answer.json()["exit_code"] != 0:
+        raise RuntimeError(f"the command failed: {answer.body[:300]!r}")
+    return answer
+
+
+@asynccontextmanager
+async def sandbox(api: Connection) -> AsyncIterator[str]:
+    """A sandbox for the length of a block."""
+    sandbox_id = await create(api)
+    try:
+        yield sandbox_id
+    finally:
+        await destroy(api, sandbox_id)
+
+
+async def creating(api: Connection, target: Target, count: int = 40) -> list[Row]:
+    """Create, the first command, destroy: the life of a sandbox, `count` times."""
+    answered: list[float] = []
+    first_command: list[float] = []
+    destroyed: list[float] = []
+    gone: list[float] = []
+
+    async def life() -> None:
+        started = time.perf_counter()
+        sandbox_id = await create(api)
+        answered.append(time.perf_counter() - started)
+        await run(api, sandbox_id, {"cmd": ["true"]})
+        first_command.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        await destroy(api, sandbox_id)
+        destroyed.append(time.perf_counter() - started)
+        if target.pid is not None:
+            await _until_gone(sandbox_id)
+            gone.append(time.perf_counter() - started)
+
+    await samples(life, count)
+    rows = [
+        report.latency("create → 201", answered, target="5 / 20", note="no pool: every create is cold"),
+        report.latency("create → first command done", first_command, target="15 / 50"),
+        report.latency("cold create", answered, target="120 / 250", note="the same samples as create → 201"),
+        report.latency("destroy, answer", destroyed, target="10"),
+    ]
+    if gone:
+        rows.append(report.latency("destroy, no process left", gone, target="p95 500"))
+    return rows
+
+
+async def _until_gone(machine_id: str) -> None:
+    """Wait until no process of this host names the machine. Only for a server on this host."""
+    needle = machine_id.encode()
+    async with asyncio.timeout(30):
+        while any(needle in _command_line(path) for path in Path("/proc").glob("[0-9]*/cmdline")):
+            await asyncio.sleep(0.005)
+
+
+def _command_line(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+async def executing(api: Connection, count: int = 300) -> list[Row]:
+    """A new process through the API, as an argument vector and as a shell line."""
+    async with sandbox(api) as sandbox_id:
+        await run(api, sandbox_id, {"cmd": ["true"]})
+        vector = await samples(lambda: run(api, sandbox_id, {"cmd": ["true"]}), count)
+        line = await samples(lambda: run(api, sandbox_id, {"command": "true"}), count)
+    return [
+        report.latency("exec, argv", vector, target="10 / 35"),
+        report.latency("exec, shell line", line, target="10 / 35", note="starts a shell, which reads its profile"),
+    ]
+
+
+async def streaming(api: Connection, repeats: int = 3) -> list[Row]:
+    """How fast a process's output and a file's content reach the client, and how soon the first byte does."""
+    rates: list[float] = []
+    downloads: list[float] = []
+    async with sandbox(api) as sandbox_id:
+        path = f"/sandboxes/{sandbox_id}/exec/stream"
+        # Lines of 1 KiB, as a chatty build would print.
+        command = f"yes {'x' * 1023} | head -c {STDOUT_BYTES // 4}"
+        for _ in range(repeats):
+            started = time.perf_counter()
+            received = 0
+            async for piece in api.stream("POST", path, {"command": command}):
+                received += piece.count(b"x")
+            rates.append(received / (time.perf_counter() - started) / 1e6)
+        await run(api, sandbox_id, {"command": f"head -c {STDOUT_BYTES} /dev/zero > /tmp/zeros"})
+        for _ in range(repeats):
+            started = time.perf_counter()
+            received = 0
+            async for piece in api.stream("GET", f"/sandboxes/{sandbox_id}/fs/download?path=/tmp/zeros"):
+                received += len(piece)
+            downloads.append(received / (time.perf_counter() - started) / 1e6)
+
+        first = [await _first_byte(api, path) for _ in range(50)]
+    return [
+        report.rate("stdout stream (SSE)", sorted(rates)[len(rates) // 2], "MB/s", repeats, target="150"),
+        report.rate("file download", sorted(downloads)[len(downloads) // 2], "MB/s", repeats),
+        report.latency("exec stream, first output", first, target="5"),
+    ]
+
+
+async def _first_byte(api: Connection, path: str) -> float:
+    """Seconds until the first output of a command; the rest of the stream is read, so the connection stays usable."""
+    started = time.perf_counter()
+    first = None
+    async for piece in api.stream("POST", path, {"cmd": ["echo", "first"]}):
+        if first is None and b"first" in piece:
+            first = time.perf_counter() - started
+    if first is None:
+        raise RuntimeError("the stream ended without the command's output")
+    return first
+
+
+async def reading(target: Target, api: Connection) -> list[Row]:
+    """Authenticated GETs of one sandbox: latency alone, then the rate with several connections."""
+    async with sandbox(api) as sandbox_id:
+        path = f"/sandboxes/{sandbox_id}"
+        alone = await samples(lambda: api.call("GET", path), 1000)
+        deadline = time.perf_counter() + GET_TIME_S
+
+        async def reader() -> int:
+            async with Connection(target.base_url, target.key) as connection:
+                count = 0
+                while time.perf_counter() < deadline:
+                    await connection.call("GET", path)
+                    count += 1
+                return count
+
+        started = time.perf_counter()
+        total = sum(await asyncio.gather(*(reader() for _ in range(GET_CONNECTIONS))))
+        elapsed = time.perf_counter() - started
+    return [
+        report.latency("authenticated GET", alone),
+        report.rate(
+            "authenticated GET, 16 connections",
+            total / elapsed,
+            "req/s",
+            total,
+            target="5000 per core",
+            note="client and server share the cores",
+        ),
+    ]
+
+
+async def replaying(api: Connection, count: int = 300) -> list[Row]:
+    """A create repeated with its idempotency key."""
+    headers = {"Idempotency-Key": str(uuid.uuid4())}
+    first = await api.call("POST", "/sandboxes", {}, expect=201, headers=headers)
+    try:
+
+        async def replay() -> None:
+            answer = await api.call("POST", "/sandboxes", {}, expect=201, headers=headers)
+            if answer.body != first.body:
+                raise RuntimeError("the replayed answer differs from the first")
+
+        durations = await samples(replay, count)
+    finally:
+        await destroy(api, first.json()["id"])
+    return [report.latency("idempotent replay", durations, target="2")]
+
+
+async def limiting(limited: Connection, unlimited: Connection, rounds: int = 20, batch: int = 100) -> list[Row]:
+    """What the rate limit adds to a request: two servers, one without a limit, asked in alternating batches."""
+    with_limit: list[float] = []
+    without: list[float] = []
+    for _ in range(rounds):
+        with_limit += await samples(lambda: limited.call("GET", "/sandboxes"), batch)
+        without += await samples(lambda: unlimited.call("GET", "/sandboxes"), batch)
+    ordered, base = sorted(with_limit), sorted(without)
+    added = {share: (report.percentile(ordered, share) - report.percentile(base, share)) * 1e6 for share in (0.5, 0.95)}
+    note = f"difference of two servers; p50 without a limit {report.percentile(base, 0.5) * 1e3:.2f} ms"
+    row = Row(
+        "rate-limit check, added", "µs", len(with_limit), round(added[0.5], 1), round(added[0.95], 1), None, "50", note
+    )
+    return [row]
