@@ -36,6 +36,11 @@ def current_owner() -> Owner:
     return _current(os.getpid())
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process has this id now, whoever it is."""
+    return _started(pid) is not None
+
+
 @functools.lru_cache(maxsize=1)
 def _current(pid: int) -> Owner:
     started = _started(pid)

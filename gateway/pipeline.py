@@ -1,7 +1,8 @@
-"""The way of every API request: authenticate → limit → idempotency → handler.
+"""What dialects and the phases of a request agree on.
 
-A dialect lists `Operation` rows; `Pipeline.endpoint` turns one into an ASGI application. The handler of an operation
-gets a `Call` and answers with a Starlette `Response`; whatever it raises becomes the dialect's error answer.
+A dialect lists `Operation` rows; `gateway.phases.Phases` turns each into an ASGI application that authenticates,
+limits, takes care of idempotency and calls the handler. The handler gets a `Call` and answers with a Starlette
+`Response`; a `GatewayError` it raises becomes the dialect's error answer.
 
 Not for: routing, request ids, body limits (gateway/entry.py) and anything about one API's spelling (gateway/dialects).
 """
@@ -16,22 +17,20 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.websockets import WebSocket
 
+from gateway.auth import Credentials
 from gateway.errors import GatewayError
 from gateway.resources import Principal
 
 if TYPE_CHECKING:
     from gateway.engine import Engine
 
+__all__ = ["ANONYMOUS", "REQUEST_ID", "Call", "Credentials", "Dialect", "Operation", "SocketCall", "SocketOperation"]
+
+#: Who calls a public operation: nobody of any workspace, with no right to anything.
+ANONYMOUS = Principal(workspace_id="", key_id=None, scopes=frozenset({"none"}))
+
 #: Key of the ASGI scope under which gateway/entry.py leaves the request's id.
 REQUEST_ID = "sandgate.request_id"
-
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """What a request offers as proof: an API key, or a single-use ticket for one purpose."""
-
-    key: str | None = None
-    ticket: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,10 @@ class Operation:
     streams_body: the handler reads `call.request.stream()` itself; otherwise the body is read before it starts.
         An idempotency key then covers method, path, query and the length of the body, not its bytes.
     streams_answer: the answer is an endless or live stream (SSE); it is never recorded under an idempotency key.
-    ticket_purpose: a ticket issued for this purpose also opens it.
+    ticket_purpose: a ticket issued for this purpose also opens it; ticket_resource: the path parameter with the id of
+        what the ticket must have been issued for.
+    is_repeat_possible: whether this request may be the repeat of one whose caller left without an idempotency key
+        (gateway/undelivered.py); it then gets that one's answer.
     timeout_s: the deadline; None for the server's default, math.inf for none (streams).
     early_status: when set, and the handler takes long, this status goes out ahead with white space following every
         few seconds, so that neither the client nor a proxy between gives up. Only for JSON answers.
@@ -62,6 +64,8 @@ class Operation:
     streams_body: bool = False
     streams_answer: bool = False
     ticket_purpose: str | None = None
+    ticket_resource: str | None = None
+    is_repeat_possible: Callable[[Request], bool] | None = None
     timeout_s: float | None = None
     early_status: int | None = None
 
@@ -74,6 +78,7 @@ class SocketOperation:
     handler: Callable[[SocketCall], Awaitable[None]]
     scope: str | None = None
     ticket_purpose: str | None = None
+    ticket_resource: str | None = None
 
 
 @dataclass(slots=True)
@@ -81,7 +86,7 @@ class Call:
     """One request on its way through a handler.
 
     effect_id: UUID (version 7); the same for every request with one idempotency key.
-    deadline: time of the event loop (`loop.time()`) at which the caller gets `timeout`.
+    deadline: time of the event loop (`loop.time()`) at which the caller gets `timeout`; math.inf for never.
     """
 
     request: Request
