@@ -33,8 +33,9 @@ lint: ## ruff, and hadolint for the Dockerfile
 	@ruff format --check .
 	@hadolint Dockerfile
 
-types: ## mypy --strict
+types: ## mypy --strict, and the compiled modules against their stubs
 	@mypy
+	@python -m mypy.stubtest --ignore-disjoint-bases --allowlist native/stubtest.allow native._frames native._core
 
 rust: ## cargo fmt, clippy and tests
 	@cargo fmt --manifest-path native/Cargo.toml --all --check
