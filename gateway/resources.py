@@ -282,3 +282,12 @@ class TerminalSession:
     sandbox_id: str
     ticket: str
     expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A single-use stand-in for a key; `ticket` is the secret itself, valid until expires_at."""
+
+    ticket: str
+    purpose: str
+    expires_at: float

@@ -1,0 +1,65 @@
+"""What every part of the engine is given: the database, the host, the plane and the settings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import sqlalchemy as sa
+
+from gateway.engine.routes import Routes
+from gateway.errors import GatewayError
+from gateway.events import EventLog
+from gateway.resources import Principal, Sandbox, SandboxState
+from gateway.settings import Settings
+from gateway.store import Database
+from gateway.store import sandboxes as rows
+from vmm.agent import Agent
+from vmm.client import HostClient
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The engine's surroundings. `clock` gives Unix seconds."""
+
+    database: Database
+    host: HostClient
+    routes: Routes
+    events: EventLog
+    settings: Settings
+    clock: Callable[[], float] = field(default=time.time)
+
+    async def sandbox(self, principal: Principal, sandbox_id: str) -> Sandbox:
+        """A sandbox of the caller's workspace in any state. Raises sandbox_not_found."""
+        found = await self.database.lookup(lambda connection: rows.get(connection, sandbox_id))
+        return owned(found, principal)
+
+    async def running(self, principal: Principal, sandbox_id: str) -> Sandbox:
+        """One that runs. Raises sandbox_not_found or sandbox_not_running."""
+        sandbox = await self.sandbox(principal, sandbox_id)
+        if sandbox.state is not SandboxState.RUNNING:
+            raise not_running(sandbox)
+        return sandbox
+
+    async def agent(self, principal: Principal, sandbox_id: str) -> Agent:
+        """The agent of one that runs. Raises sandbox_not_found or sandbox_not_running."""
+        return self.host.agent((await self.running(principal, sandbox_id)).id)
+
+
+def owned(sandbox: Sandbox | None, principal: Principal) -> Sandbox:
+    """The sandbox, if it is there and the caller's: a stranger's is as good as none. Raises sandbox_not_found."""
+    if sandbox is None or sandbox.workspace_id != principal.workspace_id:
+        raise GatewayError("sandbox_not_found", "No sandbox with that id.")
+    return sandbox
+
+
+def owned_row(connection: sa.Connection, principal: Principal, sandbox_id: str) -> Sandbox:
+    """The same within a transaction."""
+    return owned(rows.get(connection, sandbox_id), principal)
+
+
+def not_running(sandbox: Sandbox) -> GatewayError:
+    """The error for an operation on a sandbox that does not run, with the reason if there is one."""
+    reason = f" ({sandbox.stop_cause})" if sandbox.stop_cause else ""
+    return GatewayError("sandbox_not_running", f"The sandbox is {sandbox.state.value}{reason}.")

@@ -1,0 +1,57 @@
+"""What sandboxes use now and have used."""
+
+from __future__ import annotations
+
+import asyncio
+
+import sqlalchemy as sa
+
+from gateway.commands import GetMetrics, GetUsage
+from gateway.engine.context import Context
+from gateway.engine.translate import vmm_errors
+from gateway.errors import invalid
+from gateway.resources import Metrics, Principal, Usage
+from gateway.store import usage as rows
+
+
+class InsightService:
+    """Commands about resource use."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def metrics(self, principal: Principal, command: GetMetrics) -> Metrics:
+        """Use now. Raises sandbox_not_found, sandbox_not_running, agent_unavailable. Does not count as activity."""
+        context = self._context
+        sandbox = await context.running(principal, command.sandbox_id)
+        with vmm_errors():
+            stats, guest = await asyncio.gather(
+                context.host.stats(sandbox.id), context.host.agent(sandbox.id, passive=True).metrics()
+            )
+        return Metrics(
+            at=context.clock(),
+            cpu_seconds=stats.cpu_seconds,
+            cpu_count=sandbox.cpu_count,
+            memory_used_bytes=stats.memory_bytes,
+            memory_limit_bytes=stats.memory_limit_bytes,
+            disk_used_bytes=guest.disk_used_bytes,
+            disk_total_bytes=guest.disk_total_bytes,
+            processes=guest.processes,
+            uptime_s=guest.uptime_s,
+        )
+
+    async def usage(self, principal: Principal, command: GetUsage) -> Usage:
+        """What was used between two times: running time, and the resources held while running.
+
+        Raises sandbox_not_found, validation_failed (the end lies before the start).
+        """
+        start, end = command.period_start, min(command.period_end, self._context.clock())
+        if command.period_end < start:
+            raise invalid("period_end", "lies before period_start")
+        if command.sandbox_id is not None:
+            await self._context.sandbox(principal, command.sandbox_id)
+
+        def job(connection: sa.Connection) -> Usage:
+            return rows.between(connection, principal.workspace_id, command.sandbox_id, start=start, end=end)
+
+        return await self._context.database.read(job)

@@ -1,0 +1,60 @@
+"""The one place where errors of the machine layer become the gateway's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gateway.errors import GatewayError
+from vmm.errors import VmmError
+
+#: Code of `vmm.errors` (docs/protocol.md) to code of `gateway.errors`.
+CODES: dict[str, str] = {
+    "bad_request": "validation_failed",
+    "unauthorized": "internal",
+    "bad_frame": "internal",
+    "internal": "internal",
+    "not_found": "path_not_found",
+    "exists": "path_conflict",
+    "not_a_directory": "path_conflict",
+    "is_a_directory": "path_conflict",
+    "not_empty": "path_conflict",
+    "not_regular": "path_conflict",
+    "invalid_path": "path_invalid",
+    "forbidden_path": "path_forbidden",
+    "permission_denied": "permission_denied",
+    "no_space": "disk_full",
+    "too_large": "too_large",
+    "too_many": "conflict",
+    "no_such_process": "process_not_found",
+    "process_exited": "conflict",
+    "command_not_found": "command_invalid",
+    "not_executable": "command_invalid",
+    "user_unknown": "command_invalid",
+    "cwd_missing": "command_invalid",
+    "io_error": "agent_unavailable",
+    "unsupported": "unsupported",
+    "machine_not_found": "sandbox_not_running",
+    "machine_not_running": "sandbox_not_running",
+    "agent_unreachable": "agent_unavailable",
+    "template_not_found": "template_not_found",
+    "no_capacity": "no_capacity",
+    "limit_exceeded": "validation_failed",
+    "driver_failed": "boot_failed",
+    "link_lost": "host_unavailable",
+    "host_unreachable": "host_unavailable",
+}
+
+
+def from_vmm(error: VmmError) -> GatewayError:
+    """The gateway's error for one of the machine layer. An unknown code is a fault of ours."""
+    return GatewayError(CODES.get(error.code, "internal"), error.message)
+
+
+@contextmanager
+def vmm_errors() -> Iterator[None]:
+    """Raise what the machine layer raises inside as a `GatewayError`."""
+    try:
+        yield
+    except VmmError as error:
+        raise from_vmm(error) from error

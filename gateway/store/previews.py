@@ -1,0 +1,110 @@
+"""Statements about previews (open ports) and shares (links that open them).
+
+The engine calls `sandboxes.touch` in the same transaction, so that the plane takes the new set for newer than the old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from gateway.store.schema import previews, shares
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewRow:
+    """An open port."""
+
+    id: str
+    sandbox_id: str
+    port: int
+    visibility: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ShareRow:
+    """A link; preview_id and port are None when it opens every port."""
+
+    id: str
+    sandbox_id: str
+    preview_id: str | None
+    port: int | None
+    path: str
+    scope: str
+    hash: str
+    prefix: str
+    created_at: float
+    expires_at: float
+
+
+def put(connection: sa.Connection, preview: PreviewRow, *, visibility: str | None) -> PreviewRow:
+    """Open a port, or change the visibility (if given) of one that is open. Returns what holds then."""
+    found = connection.execute(
+        sa.select(previews).where(previews.c.sandbox_id == preview.sandbox_id, previews.c.port == preview.port)
+    ).first()
+    if found is None:
+        connection.execute(sa.insert(previews), _values(preview))
+        return preview
+    if visibility is not None and visibility != found.visibility:
+        connection.execute(sa.update(previews).where(previews.c.id == found.id).values(visibility=visibility))
+        return PreviewRow(found.id, found.sandbox_id, found.port, visibility, found.created_at)
+    return PreviewRow(*found)
+
+
+def get(connection: sa.Connection, sandbox_id: str, preview_id: str) -> PreviewRow | None:
+    """By id, within its sandbox."""
+    row = connection.execute(
+        sa.select(previews).where(previews.c.id == preview_id, previews.c.sandbox_id == sandbox_id)
+    ).first()
+    return PreviewRow(*row) if row else None
+
+
+def of_sandboxes(connection: sa.Connection, sandbox_ids: Sequence[str]) -> list[PreviewRow]:
+    """The open ports of some sandboxes, by port."""
+    statement = sa.select(previews).where(previews.c.sandbox_id.in_(sandbox_ids)).order_by(previews.c.port)
+    return [PreviewRow(*row) for row in connection.execute(statement)]
+
+
+def delete(connection: sa.Connection, sandbox_id: str, preview_id: str) -> bool:
+    """Close a port; its shares go with it. Whether it was open."""
+    statement = sa.delete(previews).where(previews.c.id == preview_id, previews.c.sandbox_id == sandbox_id)
+    return connection.execute(statement).rowcount == 1
+
+
+def put_share(connection: sa.Connection, share: ShareRow) -> None:
+    """Add a share; one with the same id (whose token never reached anybody) is replaced."""
+    connection.execute(sa.delete(shares).where(shares.c.id == share.id, shares.c.sandbox_id == share.sandbox_id))
+    connection.execute(sa.insert(shares), _values(share))
+
+
+def shares_of(connection: sa.Connection, sandbox_ids: Sequence[str], *, now: float) -> list[ShareRow]:
+    """The shares of some sandboxes that have not expired, oldest first."""
+    statement = (
+        sa.select(shares)
+        .where(shares.c.sandbox_id.in_(sandbox_ids), shares.c.expires_at > now)
+        .order_by(shares.c.created_at)
+    )
+    return [ShareRow(*row) for row in connection.execute(statement)]
+
+
+def revoke_shares(connection: sa.Connection, sandbox_id: str, *, share_id: str | None, preview_id: str | None) -> int:
+    """End one share, or all of a preview. How many ended."""
+    statement = sa.delete(shares).where(shares.c.sandbox_id == sandbox_id)
+    if share_id is not None:
+        statement = statement.where(shares.c.id == share_id)
+    if preview_id is not None:
+        statement = statement.where(shares.c.preview_id == preview_id)
+    return connection.execute(statement).rowcount
+
+
+def prune_shares(connection: sa.Connection, before: float) -> int:
+    """Forget shares that expired before a time."""
+    return connection.execute(sa.delete(shares).where(shares.c.expires_at < before)).rowcount
+
+
+def _values(row: PreviewRow | ShareRow) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in row.__dataclass_fields__}

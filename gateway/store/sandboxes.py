@@ -1,0 +1,188 @@
+"""Statements about sandboxes.
+
+`version` grows with every change of a sandbox, its previews or its shares; it orders what the plane is told.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+
+from gateway.resources import Attribution, Sandbox, SandboxState
+from gateway.store.schema import LIVING, sandboxes
+from gateway.store.types import has_label
+
+_ATTRIBUTION = ("project_id", "external_workspace_id", "external_user_id", "external_project_id")
+_COLUMNS = tuple(column.name for column in sandboxes.columns)
+_PLAIN = tuple(name for name in _COLUMNS if name not in {*_ATTRIBUTION, "state", "version"})
+_BY_ID = sa.select(sandboxes).where(sandboxes.c.id == sa.bindparam("sandbox_id"))
+_BY_NAME = (
+    sa.select(sandboxes)
+    .where(
+        sandboxes.c.workspace_id == sa.bindparam("workspace_id"),
+        sandboxes.c.state.in_(LIVING),
+        sa.or_(sandboxes.c.name == sa.bindparam("name"), sandboxes.c.slug == sa.bindparam("name")),
+    )
+    # A name wins over a slug that looks like it.
+    .order_by(sa.case((sandboxes.c.name == sa.bindparam("name"), 0), else_=1))
+    .limit(1)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What a list is narrowed to; all that is given must hold. state None: living ones."""
+
+    workspace_id: str
+    state: SandboxState | None = None
+    tags: Sequence[str] = ()
+    attribution: Attribution = field(default_factory=Attribution)
+
+
+def get(connection: sa.Connection, sandbox_id: str) -> Sandbox | None:
+    """By id, in whatever state and workspace."""
+    row = connection.execute(_BY_ID, {"sandbox_id": sandbox_id}).first()
+    return _sandbox(row) if row else None
+
+
+def get_by_name(connection: sa.Connection, workspace_id: str, name: str) -> Sandbox | None:
+    """The living sandbox with that name or slug."""
+    row = connection.execute(_BY_NAME, {"workspace_id": workspace_id, "name": name}).first()
+    return _sandbox(row) if row else None
+
+
+def find(connection: sa.Connection, wanted: Filter, *, offset: int, limit: int) -> tuple[list[Sandbox], int]:
+    """One stretch of those that match, newest first, and how many match in all."""
+    conditions = _conditions(wanted)
+    total = connection.execute(sa.select(sa.func.count()).select_from(sandboxes).where(*conditions)).scalar_one()
+    rows = connection.execute(
+        sa.select(sandboxes)
+        .where(*conditions)
+        .order_by(sandboxes.c.created_at.desc(), sandboxes.c.id)
+        .offset(offset)
+        .limit(limit)
+    )
+    return [_sandbox(row) for row in rows], total
+
+
+def find_in_states(
+    connection: sa.Connection,
+    states: Sequence[SandboxState],
+    *,
+    expired_at: float | None = None,
+    created_before: float | None = None,
+) -> list[Sandbox]:
+    """Those of every workspace in one of the states; with expired_at, only those whose end lies before it."""
+    statement = sa.select(sandboxes).where(sandboxes.c.state.in_(states))
+    if expired_at is not None:
+        statement = statement.where(sandboxes.c.expires_at <= expired_at)
+    if created_before is not None:
+        statement = statement.where(sandboxes.c.created_at <= created_before)
+    return [_sandbox(row) for row in connection.execute(statement)]
+
+
+def count_living(connection: sa.Connection, workspace_id: str) -> int:
+    """How many places of a workspace's limit are taken."""
+    statement = (
+        sa.select(sa.func.count())
+        .select_from(sandboxes)
+        .where(sandboxes.c.workspace_id == workspace_id, sandboxes.c.state.in_(LIVING))
+    )
+    return connection.execute(statement).scalar_one()
+
+
+def is_name_taken(connection: sa.Connection, workspace_id: str, name: str, *, but: str) -> bool:
+    """Whether a living sandbox other than `but` has the name."""
+    statement = sa.select(sandboxes.c.id).where(
+        sandboxes.c.workspace_id == workspace_id,
+        sandboxes.c.name == name,
+        sandboxes.c.state.in_(LIVING),
+        sandboxes.c.id != but,
+    )
+    return connection.execute(statement).first() is not None
+
+
+def is_slug_taken(connection: sa.Connection, slug: str) -> bool:
+    """Whether a living sandbox of any workspace has the slug."""
+    statement = sa.select(sandboxes.c.id).where(sandboxes.c.slug == slug, sandboxes.c.state.in_(LIVING))
+    return connection.execute(statement).first() is not None
+
+
+def insert(connection: sa.Connection, sandbox: Sandbox) -> None:
+    """Add a row."""
+    values: dict[str, Any] = {name: getattr(sandbox, name) for name in _PLAIN}
+    values |= {name: getattr(sandbox.attribution, name) for name in _ATTRIBUTION}
+    values["env"] = dict(sandbox.env)
+    values["metadata"] = dict(sandbox.metadata)
+    connection.execute(sa.insert(sandboxes), values | {"state": sandbox.state.value, "version": _version_now()})
+
+
+def delete(connection: sa.Connection, sandbox_id: str) -> None:
+    """Remove a row and what hangs on it."""
+    connection.execute(sa.delete(sandboxes).where(sandboxes.c.id == sandbox_id))
+
+
+def change(
+    connection: sa.Connection, sandbox_id: str, *, only_in: Sequence[SandboxState] | None = None, **values: Any
+) -> bool:
+    """Set columns of one row, if its state is one of `only_in`; whether it was.
+
+    The condition is part of the statement: of several processes that see a machine end, one gets True.
+    """
+    statement = sa.update(sandboxes).where(sandboxes.c.id == sandbox_id).values(**values, version=_next_version())
+    if only_in is not None:
+        statement = statement.where(sandboxes.c.state.in_(only_in))
+    return connection.execute(statement).rowcount == 1
+
+
+def touch(connection: sa.Connection, sandbox_id: str) -> None:
+    """Note that something below the sandbox (a preview, a share) changed."""
+    connection.execute(sa.update(sandboxes).where(sandboxes.c.id == sandbox_id).values(version=_next_version()))
+
+
+def versions(connection: sa.Connection, sandbox_ids: Sequence[str]) -> dict[str, int]:
+    """The versions of some sandboxes."""
+    rows = connection.execute(sa.select(sandboxes.c.id, sandboxes.c.version).where(sandboxes.c.id.in_(sandbox_ids)))
+    return {row.id: row.version for row in rows}
+
+
+def prune(connection: sa.Connection, destroyed_before: float, *, limit: int) -> int:
+    """Forget sandboxes that ended long ago, with what hangs on them."""
+    old = (
+        sa.select(sandboxes.c.id)
+        .where(sandboxes.c.state.not_in(LIVING), sandboxes.c.destroyed_at < destroyed_before)
+        .limit(limit)
+    )
+    return connection.execute(sa.delete(sandboxes).where(sandboxes.c.id.in_(old.scalar_subquery()))).rowcount
+
+
+def _conditions(wanted: Filter) -> list[sa.ColumnElement[bool]]:
+    states = LIVING if wanted.state is None else (wanted.state,)
+    conditions = [sandboxes.c.workspace_id == wanted.workspace_id, sandboxes.c.state.in_(states)]
+    conditions += [has_label(sandboxes.c.tags, tag) for tag in wanted.tags]
+    for name in _ATTRIBUTION:
+        value = getattr(wanted.attribution, name)
+        if value is not None:
+            conditions.append(sandboxes.c[name] == value)
+    return conditions
+
+
+def _version_now() -> int:
+    return time.time_ns() // 1000
+
+
+def _next_version() -> sa.ColumnElement[int]:
+    now = sa.literal(_version_now(), sa.BigInteger)
+    # Two changes in one microsecond, or a clock set back, must still count up.
+    return sa.case((sandboxes.c.version >= now, sandboxes.c.version + 1), else_=now)
+
+
+def _sandbox(row: sa.Row[Any]) -> Sandbox:
+    values = dict(zip(_COLUMNS, row, strict=True))
+    del values["version"]
+    attribution = Attribution(*(values.pop(name) for name in _ATTRIBUTION))
+    return Sandbox(**values | {"state": SandboxState(values["state"]), "attribution": attribution})

@@ -1,0 +1,165 @@
+"""The tables. A change here needs a migration; a test compares the two.
+
+Times are Unix seconds. `version` columns are microseconds since the epoch and only grow: they order what is pushed to
+the plane. `events.seq` is given in the order of commits, so it serves as a cursor.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from gateway.store.types import Labels
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+_ID = sa.String(36)
+_HASH = sa.String(64)
+
+#: States in which a sandbox holds a name, a slug and a place in its workspace's limit.
+LIVING = ("provisioning", "running", "paused")
+_IS_LIVING = sa.text("state IN ('provisioning', 'running', 'paused')")
+
+workspaces = sa.Table(
+    "workspaces",
+    metadata,
+    sa.Column("id", _ID, primary_key=True),
+    sa.Column("name", sa.String(120), nullable=False, unique=True),
+    sa.Column("created_at", sa.Double, nullable=False),
+)
+
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", _ID, primary_key=True),
+    sa.Column("workspace_id", _ID, sa.ForeignKey("workspaces.id"), nullable=False),
+    sa.Column("name", sa.String(80), nullable=False),
+    sa.Column("hash", _HASH, nullable=False, unique=True),
+    sa.Column("prefix", sa.String(16), nullable=False),
+    sa.Column("scopes", Labels, nullable=False),
+    sa.Column("is_test", sa.Boolean, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("expires_at", sa.Double),
+    sa.Column("last_used_at", sa.Double),
+    sa.Column("revoked_at", sa.Double),
+    sa.Column("external_user_id", sa.String(255)),
+    sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Index("ix_api_keys_workspace_id_created_at", "workspace_id", "created_at"),
+)
+
+sandboxes = sa.Table(
+    "sandboxes",
+    metadata,
+    sa.Column("id", _ID, primary_key=True),
+    sa.Column("workspace_id", _ID, sa.ForeignKey("workspaces.id"), nullable=False),
+    sa.Column("owner_key_id", _ID),
+    sa.Column("name", sa.String(64)),
+    sa.Column("slug", sa.String(63), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("template", sa.String(128), nullable=False),
+    sa.Column("cpu_count", sa.Double, nullable=False),
+    sa.Column("memory_mib", sa.Integer, nullable=False),
+    sa.Column("disk_mib", sa.Integer, nullable=False),
+    sa.Column("env", sa.JSON, nullable=False),
+    sa.Column("metadata", sa.JSON, nullable=False),
+    sa.Column("tags", Labels, nullable=False),
+    sa.Column("project_id", sa.String(255)),
+    sa.Column("external_workspace_id", sa.String(255)),
+    sa.Column("external_user_id", sa.String(255)),
+    sa.Column("external_project_id", sa.String(255)),
+    sa.Column("region", sa.String(64), nullable=False),
+    sa.Column("address", sa.String(64)),
+    sa.Column("timeout_s", sa.Double),
+    sa.Column("idle_timeout_s", sa.Double),
+    sa.Column("always_on", sa.Boolean, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("started_at", sa.Double),
+    sa.Column("destroyed_at", sa.Double),
+    sa.Column("expires_at", sa.Double),
+    sa.Column("stop_cause", sa.String(32)),
+    sa.Column("stop_detail", sa.Text),
+    sa.Column("boot_ms", sa.Double),
+    sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Index("ix_sandboxes_workspace_id_created_at", "workspace_id", "created_at"),
+    sa.Index("ix_sandboxes_state_expires_at", "state", "expires_at"),
+    sa.Index(
+        "uq_sandboxes_living_name",
+        "workspace_id",
+        "name",
+        unique=True,
+        sqlite_where=_IS_LIVING,
+        postgresql_where=_IS_LIVING,
+    ),
+    sa.Index("uq_sandboxes_living_slug", "slug", unique=True, sqlite_where=_IS_LIVING, postgresql_where=_IS_LIVING),
+)
+
+previews = sa.Table(
+    "previews",
+    metadata,
+    sa.Column("id", _ID, primary_key=True),
+    sa.Column("sandbox_id", _ID, sa.ForeignKey("sandboxes.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("port", sa.Integer, nullable=False),
+    sa.Column("visibility", sa.String(16), nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.UniqueConstraint("sandbox_id", "port"),
+)
+
+shares = sa.Table(
+    "shares",
+    metadata,
+    sa.Column("id", _ID, primary_key=True),
+    sa.Column("sandbox_id", _ID, sa.ForeignKey("sandboxes.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("preview_id", _ID, sa.ForeignKey("previews.id", ondelete="CASCADE"), index=True),
+    sa.Column("port", sa.Integer),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("scope", sa.String(32), nullable=False),
+    sa.Column("hash", _HASH, nullable=False, unique=True),
+    sa.Column("prefix", sa.String(16), nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("expires_at", sa.Double, nullable=False),
+)
+
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("seq", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
+    sa.Column("type", sa.String(64), nullable=False),
+    sa.Column("workspace_id", _ID, nullable=False),
+    sa.Column("resource_type", sa.String(32), nullable=False),
+    sa.Column("resource_id", _ID, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("data", sa.JSON, nullable=False),
+    sa.Index("ix_events_workspace_id_seq", "workspace_id", "seq"),
+    sa.Index("ix_events_resource_id_seq", "resource_id", "seq"),
+    sa.Index("ix_events_at", "at"),
+    # Without it SQLite reuses the numbers of pruned rows, and a cursor would skip what comes next.
+    sqlite_autoincrement=True,
+)
+
+tickets = sa.Table(
+    "tickets",
+    metadata,
+    sa.Column("hash", _HASH, primary_key=True),
+    sa.Column("purpose", sa.String(16), nullable=False),
+    sa.Column("resource_id", _ID),
+    sa.Column("workspace_id", _ID, nullable=False),
+    sa.Column("key_id", _ID),
+    sa.Column("scopes", Labels, nullable=False),
+    sa.Column("is_test", sa.Boolean, nullable=False),
+    sa.Column("external_user_id", sa.String(255)),
+    sa.Column("expires_at", sa.Double, nullable=False, index=True),
+)
+
+leases = sa.Table(
+    "leases",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("holder", _ID, nullable=False),
+    sa.Column("expires_at", sa.Double, nullable=False),
+)
