@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run doctor setup setup-dev build test lint types rust pytest clients fmt bench lock clean
+.PHONY: help run doctor setup setup-dev build test lint types rust pytest clients fmt bench docs lock clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -55,6 +55,10 @@ fmt: ## Format everything
 
 bench: build ## Measure a running stack (loadtests/baseline)
 	@python -m loadtests.baseline
+
+docs: build ## Renew the documents that are printed from tables in the code
+	@python -m gateway.settings >docs/settings.md
+	@python -m gateway.observability.metrics >docs/metrics.md
 
 lock: ## Renew requirements/*.lock
 	@scripts/lock

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from gateway import settings
 from gateway.errors import CODES
+from gateway.observability import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -76,6 +78,13 @@ def test_every_error_code_is_documented() -> None:
     assert rows == [
         (name, code.source, "yes" if code.retryable else "no", code.meaning) for name, code in CODES.items()
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"), [("docs/settings.md", settings.as_markdown), ("docs/metrics.md", metrics.as_markdown)]
+)
+def test_printed_documents_are_current(name: str, printed: Callable[[], str]) -> None:
+    assert (ROOT / name).read_text() == printed(), "run `make docs`"
 
 
 def test_no_package_index_is_named() -> None:
