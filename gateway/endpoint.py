@@ -132,8 +132,7 @@ class Endpoint:
     async def _change(self, call: Call, delivery: Delivery) -> Outcome:
         """The handler in a task that ends when it ends; the caller gets what it answers, if still there."""
         if not self._operation.streams_body:
-            async with asyncio.timeout_at(_loop_time(call.deadline)):
-                await call.request.body()
+            await _receive_body(call)
         run = _Run(self, call)
         task = self._phases.start_change(run.work())
         # A handler that reads the body itself notices by itself that its caller has left.
@@ -282,6 +281,15 @@ class _Run:
 
     def _begin(self) -> None:
         self.has_begun = True
+
+
+async def _receive_body(call: Call) -> None:
+    """Read the body; `call.request.body()` has it from now on. Raises timeout, or what the entry's limit raises."""
+    try:
+        async with asyncio.timeout_at(_loop_time(call.deadline)):
+            await call.request.body()
+    except TimeoutError as error:
+        raise GatewayError("timeout", "The body of the request did not arrive in time.") from error
 
 
 def _loop_time(deadline: float) -> float | None:

@@ -62,6 +62,13 @@ class Settings:
     log_format: Annotated[
         str, Row("`json`: one object per line; `text`: for a terminal.", choices=("json", "text"))
     ] = "json"
+    log_to: Annotated[
+        str,
+        Row(
+            "`files`: logs/ in the data directory, rolled over; `stderr`: the supervisor's.",
+            choices=("files", "stderr"),
+        ),
+    ] = "files"
     access_log: Annotated[bool, Row("Write one log line per API request.")] = True
 
     request_timeout_s: Annotated[float, Row("Time an API request may take unless its route sets another.", least=1)] = (
@@ -99,7 +106,7 @@ class Settings:
         Row("Time without activity after which a sandbox that asks for none is destroyed; or `never`.", least=1),
     ] = None
     sandboxes_per_workspace: Annotated[int, Row("Living sandboxes a workspace may have.", least=1)] = 100
-    drain_timeout_s: Annotated[float, Row("Time open requests get to end when the server stops.", least=0)] = 10.0
+    drain_timeout_s: Annotated[float, Row("Time open requests get to end when the server stops.", least=0)] = 5.0
     ready_timeout_s: Annotated[float, Row("Time a part of the server may take to start.", least=1)] = 60.0
 
     @property

@@ -1,0 +1,88 @@
+"""The `sandgate` command. The only module that starts servers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import uvloop
+from granian import Granian
+from granian.constants import HTTPModes, Interfaces, Loops
+from granian.http import HTTP1Settings
+
+from gateway import cli
+from gateway.app import host_config, host_driver
+from gateway.children import StartError
+from gateway.observability import logs
+from gateway.settings import Settings, SettingsError, unknown_variables
+from gateway.supervisor import Supervisor
+from vmm.host.server import serve as serve_host
+
+#: The plane is the only client and has its own limits on headers and connections; this must not be the smaller.
+_HEADER_BYTES_MAX = 256 * 1024
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    try:
+        arguments, settings = cli.parse(argv)
+    except SettingsError as error:
+        print(f"sandgate: {error}", file=sys.stderr)
+        return 2
+    if arguments.command == "serve":
+        return _serve(settings)
+    if arguments.command == "run-api":
+        return _run_api(settings)
+    if arguments.command == "run-hostd":
+        return _run_hostd(settings)
+    return cli.run(arguments, settings)
+
+
+def _serve(settings: Settings) -> int:
+    logs.configure("supervisor", level=settings.log_level, form="text" if sys.stderr.isatty() else settings.log_format)
+    for name in unknown_variables(os.environ):
+        logging.getLogger(__name__).warning("%s is no setting and is ignored", name)
+    try:
+        asyncio.run(Supervisor(settings, lambda line: print(line, flush=True)).run())
+    except StartError as error:
+        print(f"sandgate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run_api(settings: Settings) -> int:
+    logs.configure("api", level=settings.log_level, form=settings.log_format)
+    # A killed instance leaves its socket behind, which cannot be bound again.
+    settings.api_socket.unlink(missing_ok=True)
+    Granian(
+        "gateway.app:create",
+        factory=True,
+        interface=Interfaces.ASGI,
+        uds=settings.api_socket,
+        uds_permissions=0o600,
+        workers=settings.effective_workers,
+        loop=Loops.uvloop,
+        http=HTTPModes.http1,
+        http1_settings=HTTP1Settings(max_buffer_size=_HEADER_BYTES_MAX),
+        respawn_failed_workers=True,
+        respawn_interval=0.1,
+        workers_kill_timeout=max(1, round(settings.drain_timeout_s)),
+        log_enabled=False,
+        process_name="sandgate-api",
+    ).serve()
+    return 0
+
+
+def _run_hostd(settings: Settings) -> int:
+    logs.configure("hostd", level=settings.log_level, form=settings.log_format)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvloop.run(serve_host(host_config(settings), host_driver(settings)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

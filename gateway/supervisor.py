@@ -1,0 +1,274 @@
+"""Starts, watches and stops the server's processes.
+
+    lock ─▶ ports ─▶ data directory ─▶ templates ─▶ hostd, api, plane ─▶ ready ─▶ … ─▶ stop: plane, api, hostd
+
+Stopping goes from the outside in: the plane lets requests end, the api finishes what it has begun, hostd ends every
+machine. A second signal makes it short. What is left after that is killed, so that nothing stays on the host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gateway.children import Child, LogFile, StartError, adopt_orphans, kill_orphans, reap_orphans
+from gateway.first_run import Credentials, prepare
+from gateway.owners import is_running
+from gateway.probes import status_of
+from gateway.settings import Settings, env_name, make_private_dir, split_address
+from native import BinaryMissing, plane_path
+from vmm.client import HostClient
+from vmm.errors import VmmError
+
+_log = logging.getLogger(__name__)
+
+#: Ended children of descendants are collected by SIGCHLD, and this often in case one hid behind another.
+_REAP_EVERY_S = 0.5
+
+#: hostd needs a while to end hundreds of machines.
+_HOSTD_STOP_S = 60.0
+
+#: How long to wait for what a killed instance has left behind to end.
+_REMAINS_S = 20.0
+
+
+class Supervisor:
+    """One running server. say: tells the person at the terminal something, a line at a time."""
+
+    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._say = say
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._children: list[Child] = []
+        self._logs: list[LogFile] = []
+
+    async def run(self) -> None:
+        """Serve until a signal arrives. Raises StartError if the server cannot start; then nothing is left running."""
+        settings = self._settings
+        make_private_dir(settings.home)
+        with _instance_lock(settings.home / "sandgate.lock", self._say) as lock:
+            _check_ports(settings)
+            adopt_orphans()
+            self._handle_signals()
+            began = time.monotonic()
+            credentials = await asyncio.to_thread(prepare, settings, self._say)
+            keepers: list[asyncio.Task[None]] = []
+            try:
+                self._children = self._make_children(lock)
+                ready = asyncio.create_task(self._start())
+                if await _first(ready, self._stop):
+                    keepers = [asyncio.create_task(child.keep_running(), name=child.name) for child in self._children]
+                    self._announce(credentials, time.monotonic() - began)
+                    await self._stop.wait()
+            finally:
+                await self._shut_down(keepers)
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_signal)
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            self._say("Stopping now.")
+            self._hurry.set()
+        else:
+            self._say("Stopping; a second signal makes it quicker.")
+            self._stop.set()
+
+    def _reap(self) -> None:
+        reap_orphans({child.pid for child in self._children if child.pid is not None})
+
+    async def _start(self) -> None:
+        """Start all children at once and wait until the whole answers from outside."""
+        settings = self._settings
+        async with asyncio.TaskGroup() as group:
+            for child in self._children:
+                group.create_task(_start_child(child, settings.ready_timeout_s))
+        until = time.monotonic() + settings.ready_timeout_s
+        while await status_of(split_address(settings.admin_listen), "/readyz") != 200:
+            if time.monotonic() > until:
+                raise StartError("The parts run but do not find each other: /readyz does not answer 200.")
+            await asyncio.sleep(0.02)
+
+    def _make_children(self, lock: int) -> list[Child]:
+        settings = self._settings
+        metrics_dir = settings.run_dir / "metrics"
+        shutil.rmtree(metrics_dir, ignore_errors=True)
+        make_private_dir(metrics_dir)
+        environ = {**os.environ, **settings.environment(), "PROMETHEUS_MULTIPROC_DIR": str(metrics_dir)}
+        try:
+            plane = plane_path()
+        except BinaryMissing as error:
+            raise StartError(str(error)) from error
+        sandgate: list[str | Path] = [sys.executable, "-m", "gateway"]
+        plane_argv: list[str | Path] = [
+            plane,
+            *("--listen", settings.listen),
+            *("--admin-listen", settings.admin_listen),
+            *("--api-socket", settings.api_socket),
+            *("--control-socket", settings.plane_socket),
+            *("--domain", settings.domain),
+        ]
+        admin = split_address(settings.admin_listen)
+
+        def child(name: str, argv: list[str | Path], is_ready: Callable[[], Awaitable[bool]]) -> Child:
+            return Child(name, argv, environ, is_ready=is_ready, log=self._log_of(name), keep_fds=[lock])
+
+        async def api_is_ready() -> bool:
+            return await status_of(settings.api_socket, "/healthz") == 200
+
+        async def plane_is_ready() -> bool:
+            return await status_of(admin, "/healthz") == 200
+
+        return [
+            child("hostd", [*sandgate, "run-hostd"], lambda: _hostd_is_ready(settings.hostd_socket)),
+            child("api", [*sandgate, "run-api"], api_is_ready),
+            child("plane", plane_argv, plane_is_ready),
+        ]
+
+    def _log_of(self, name: str) -> LogFile | None:
+        if self._settings.log_to == "stderr":
+            return None
+        directory = self._settings.home / "logs"
+        make_private_dir(directory)
+        log = LogFile(directory / f"{name}.log")
+        self._logs.append(log)
+        return log
+
+    async def _shut_down(self, keepers: list[asyncio.Task[None]]) -> None:
+        reaper = asyncio.create_task(self._reap_often())
+        settings = self._settings
+        times_s = {"plane": settings.drain_timeout_s, "api": settings.drain_timeout_s + 1, "hostd": _HOSTD_STOP_S}
+        for child in reversed(self._children):
+            await child.stop(times_s[child.name], self._hurry)
+        await asyncio.gather(*keepers, return_exceptions=True)
+        reaper.cancel()
+        left = await asyncio.to_thread(kill_orphans, 5.0)
+        if left:
+            _log.warning("%d processes were left behind and have been killed", left)
+        for log in self._logs:
+            log.close()
+
+    async def _reap_often(self) -> None:
+        while True:
+            await asyncio.sleep(_REAP_EVERY_S)
+            self._reap()
+
+    def _announce(self, credentials: Credentials, took_s: float) -> None:
+        settings = self._settings
+        self._say(
+            f"""
+Sandgate is ready ({took_s:.1f} s).
+
+  API base URL   {credentials.base_url}
+  API key        {credentials.api_key}
+                 (both also in {settings.credentials_file})
+  API reference  {credentials.base_url}/docs
+  metrics        http://{settings.admin_listen}/metrics
+
+Try it:
+  export MIOSA_BASE_URL={credentials.base_url} MIOSA_API_KEY={credentials.api_key}
+  curl -s -X POST -H "Authorization: Bearer $MIOSA_API_KEY" $MIOSA_BASE_URL/sandboxes
+
+Ctrl-C stops everything and removes every sandbox.
+"""
+        )
+
+
+async def _start_child(child: Child, timeout_s: float) -> None:
+    await child.start()
+    await child.wait_ready(timeout_s)
+
+
+async def _first(ready: asyncio.Task[None], stop: asyncio.Event) -> bool:
+    """Whether `ready` came before the signal to stop. Raises StartError if starting failed."""
+    stopped = asyncio.create_task(stop.wait())
+    waiting: set[asyncio.Task[Any]] = {ready, stopped}
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not ready.done():
+        ready.cancel()
+        await asyncio.gather(ready, return_exceptions=True)
+        return False
+    try:
+        ready.result()
+    except* StartError as group:
+        raise StartError("\n".join(str(error) for error in group.exceptions)) from None
+    return True
+
+
+async def _hostd_is_ready(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        async with HostClient(str(path)) as client:
+            await client.host_info(deadline=asyncio.get_running_loop().time() + 1.0)
+    except VmmError:
+        return False
+    return True
+
+
+def _check_ports(settings: Settings) -> None:
+    for name in ("listen", "admin_listen"):
+        address = getattr(settings, name)
+        host, port = split_address(address)
+        try:
+            family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(where)
+                listener.listen(1)
+        except OSError as error:
+            raise StartError(
+                f"{env_name(name)}={address}: {error.strerror or error}.\n"
+                f"Stop what uses it, or choose another: {env_name(name)}={host}:{port + 1} sandgate serve"
+            ) from error
+
+
+@contextlib.contextmanager
+def _instance_lock(path: Path, say: Callable[[str], None]) -> Iterator[int]:
+    """Hold the data directory. The children inherit the lock: it is free when the last of them has ended.
+
+    Raises StartError if another instance runs, or if the remains of a killed one do not end.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        until = time.monotonic() + _REMAINS_S
+        while not _try_lock(lock):
+            holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
+            if holder.isdecimal() and is_running(int(holder)):
+                raise StartError(
+                    f"Another sandgate (process {holder}) serves {path.parent}.\n"
+                    f"Stop it with `kill {holder}`, or give this one a data directory of its own by SANDGATE_HOME."
+                )
+            if time.monotonic() > until:
+                raise StartError(f"Processes of a killed sandgate still hold {path}; `fuser {path}` lists them.")
+            say("Waiting for the remains of a killed instance to end.")
+            time.sleep(0.5)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _try_lock(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
