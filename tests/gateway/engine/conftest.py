@@ -1,0 +1,95 @@
+"""An engine on a real database. Tests that run machines take `engine`, those that do not take `offline`."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from gateway.commands import CreateSandbox
+from gateway.engine import Context, Engine
+from gateway.engine.plan import plan
+from gateway.events import EventLog
+from gateway.resources import Principal, Sandbox, SandboxState
+from gateway.settings import Settings
+from gateway.store import Database, migrate, open_database, sandboxes, workspaces
+from gateway.store.keys import KeyRoute
+from vmm.client import HostClient
+
+
+@dataclass
+class Recorder:
+    """Routes to nowhere, remembered."""
+
+    pushed: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    dropped: list[KeyRoute] = field(default_factory=list)
+    pokes: int = 0
+
+    async def push(self, sandbox_id: str) -> None:
+        self.pushed.append(sandbox_id)
+
+    async def push_key(self, key_id: str) -> None:
+        self.keys.append(key_id)
+
+    async def drop_key(self, key: KeyRoute) -> None:
+        self.dropped.append(key)
+
+    def poke(self) -> None:
+        self.pokes += 1
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path, default_template="default")
+
+
+@pytest.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    url = f"sqlite:///{tmp_path / 'sandgate.db'}"
+    migrate(url)
+    database = open_database(url)
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+def routes() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+async def principal(database: Database) -> Principal:
+    return await make_principal(database, "first")
+
+
+@pytest.fixture
+async def stranger(database: Database) -> Principal:
+    return await make_principal(database, "second")
+
+
+async def make_principal(database: Database, workspace: str) -> Principal:
+    workspace_id = await database.write(partial(workspaces.ensure, name=workspace))
+    return Principal(workspace_id, None, frozenset())
+
+
+@pytest.fixture
+async def offline(tmp_path: Path, database: Database, routes: Recorder, settings: Settings) -> AsyncIterator[Engine]:
+    """An engine whose host is not there."""
+    async with HostClient(str(tmp_path / "no.sock")) as host:
+        yield Engine(Context(database, host, routes, EventLog(database, routes.poke), settings))
+
+
+async def put_running(engine: Engine, principal: Principal, **fields: object) -> Sandbox:
+    """A sandbox that SQL takes for running; there is no machine behind it."""
+    command = CreateSandbox(effect_id=str(uuid.uuid4()))
+    wanted = plan(principal, command, engine.context.settings, template="default", now=time.time())
+    running = replace(wanted, state=SandboxState.RUNNING, started_at=time.time(), address="10.0.0.2")
+    sandbox = replace(running, **fields)  # type: ignore[arg-type]
+    await engine.context.database.write(partial(sandboxes.insert, sandbox=sandbox))
+    return sandbox
