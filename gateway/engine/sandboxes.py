@@ -30,7 +30,7 @@ from gateway.commands import (
 from gateway.engine.context import Context, not_running, owned, owned_row
 from gateway.engine.plan import check_timeout, make_slug, plan
 from gateway.engine.templates import TemplateService
-from gateway.engine.translate import vmm_errors
+from gateway.engine.translate import from_vmm, vmm_errors
 from gateway.errors import GatewayError
 from gateway.events import sandbox_event
 from gateway.resources import Page, Principal, Sandbox, SandboxState
@@ -248,10 +248,15 @@ class SandboxService:
         return sandbox
 
     async def _push_timers(self, sandbox: Sandbox) -> None:
-        with vmm_errors():
+        try:
             await self._context.host.update_machine(
                 sandbox.id, expires_at=sandbox.expires_at, idle_timeout_s=sandbox.idle_timeout_s
             )
+        except LinkError as error:
+            # What SQL says holds; the reconciler tells the host when it is back.
+            _log.warning("the timers of %s could not be set now: %s", sandbox.id, error)
+        except VmmError as error:
+            raise from_vmm(error) from error
 
     async def destroy(self, principal: Principal, command: DestroySandbox) -> Sandbox:
         """End a sandbox. Raises sandbox_not_found.
