@@ -42,11 +42,13 @@ class Capabilities:
 class Placement:
     """Where a started machine is, in a form that survives a restart of hostd.
 
-    address: IPv4 address reachable from the host.  facts: JSON values for the driver alone, handed back to `adopt`.
+    address: IPv4 address reachable from the host.  resolvers: name servers the machine can reach.
+    facts: JSON values for the driver alone, handed back to `adopt`.
     """
 
     address: str
     agent_port: int = AGENT_PORT
+    resolvers: Sequence[str] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -75,7 +77,7 @@ class Driver(Protocol):
         ...
 
     async def open(self) -> None:
-        """Get the host ready. Raises MachineError(`driver_failed`) with the fix in its message when it cannot be."""
+        """Get the host ready; then come `adopt` for each known machine, `sweep` once, and everything else. Raises MachineError(`driver_failed`) with the fix in its message when it cannot be."""
         ...
 
     async def close(self) -> None:

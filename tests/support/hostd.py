@@ -1,0 +1,40 @@
+"""Runs a real hostd with the gVisor driver, for `HostProcess`: `python -m tests.support.hostd SETTINGS_AS_JSON`.
+
+Prints "ready" once it serves. SIGTERM ends it in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import uvloop
+
+from vmm.drivers.gvisor.config import GvisorConfig
+from vmm.drivers.gvisor.driver import GvisorDriver
+from vmm.host.config import HostConfig
+from vmm.host.server import serve
+from vmm.templates.store import TemplateStore
+
+
+async def _main(settings: dict[str, dict[str, object]]) -> None:
+    home = Path(str(settings["host"].pop("home")))
+    socket_path = Path(str(settings["host"].pop("socket_path")))
+    config = HostConfig(home, socket_path, **settings["host"])  # type: ignore[arg-type]
+    templates = TemplateStore(Path(str(settings["templates"]["cache"])), Path(str(settings["templates"]["agent"])))
+    driver = GvisorDriver(GvisorConfig.for_home(home, **settings["gvisor"]), templates)
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await serve(config, driver, ready=lambda: print("ready", flush=True))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    uvloop.run(_main(json.loads(sys.argv[1])))

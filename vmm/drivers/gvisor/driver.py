@@ -1,0 +1,290 @@
+"""The driver for hosts without KVM: each machine is a gVisor sandbox.
+
+A start is: link and disk from the supplies, `runsc create` (about 100 ms of CPU), two calls on its control socket. An end
+is: kill everything in the machine's control group, reap, remove the group and runsc's state. Link and disk go with the
+sandbox's last process; nothing of them has a name that could be left behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vmm.drivers.base import AGENT_PORT, Capabilities, Exit, Placement
+from vmm.drivers.gvisor import bundle, cgroups, firewall, network, processes, runsc, syscalls
+from vmm.drivers.gvisor.config import GvisorConfig
+from vmm.drivers.gvisor.supplies import Supplies, Supply
+from vmm.errors import MachineError
+from vmm.templates.store import Template, TemplateStore
+from vmm.types import MachineSpec, MachineStats, StopCause, TemplateInfo
+
+_log = logging.getLogger(__name__)
+
+_BLOCK_LOCKS = Path("/run/sandgate/blocks")
+#: How long the processes of a killed machine may take to disappear. Freeing gigabytes takes part of a second.
+_DESTROY_TIMEOUT_S = 15.0
+_DESTROY_POLL_S = 0.003
+_REAP_PERIOD_S = 2.0
+
+
+@dataclass(slots=True)
+class _Running:
+    """A sandbox that is or was alive. `ended` is set once, with its exit in `exit`."""
+
+    pid: int
+    slot_index: int
+    pidfd: int
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    exit: Exit | None = None
+    is_frozen: bool = False
+
+
+class GvisorDriver:
+    """See `vmm.drivers.base.Driver`."""
+
+    name = "gvisor"
+
+    def __init__(self, config: GvisorConfig, templates: TemplateStore) -> None:
+        self._config = config
+        self._templates = templates
+        self._groups = cgroups.Groups(cgroups.find_hierarchy(), config.instance)
+        self._starters = ThreadPoolExecutor(config.starts_max, "runsc")
+        self._running: dict[str, _Running] = {}
+        self._reaper: asyncio.Task[None] | None = None
+        self._runsc: runsc.Runsc
+        self._block: network.Block
+        self._supplies: Supplies
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(isolation="gvisor", limits=True, freeze=self._groups.can_freeze())
+
+    def templates(self) -> Sequence[TemplateInfo]:
+        return self._templates.infos()
+
+    async def open(self) -> None:
+        await asyncio.to_thread(self._open)
+        default = MachineSpec(id="", template="", hostname="")
+        self._supplies = Supplies(self._config, self._block, disk_mib=default.disk_mib)
+        self._reaper = asyncio.create_task(self._reap(), name="reaper")
+
+    def _open(self) -> None:
+        if os.geteuid() != 0:
+            raise MachineError("driver_failed", "hostd has to run as root")
+        program = runsc.find()
+        if program is None:
+            raise MachineError("driver_failed", "runsc is missing; `sandgate doctor` says how to install it")
+        if (release := runsc.release(program)) not in runsc.RELEASES:
+            supported = ", ".join(runsc.RELEASES)
+            raise MachineError("driver_failed", f"runsc {release} is not supported; install release {supported}")
+        if not self._groups.is_complete:
+            raise MachineError("driver_failed", "the cgroup controllers cpu, memory and pids are not all mounted")
+        config = self._config
+        state = config.run_dir / "machines"
+        for directory in (state, config.disk_dir):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        syscalls.become_subreaper()
+        self._templates.load()
+        self._runsc = runsc.Runsc(program, state)
+        self._block = network.claim_block(ipaddress.IPv4Network(config.address_range), config.instance, _BLOCK_LOCKS)
+        firewall.enable_forwarding()
+        firewall.apply(
+            firewall.ruleset(
+                config.instance,
+                prefix=self._block.prefix,
+                block=self._block.network,
+                resolvers=self.resolvers(),
+                allowed=config.egress_allow,
+                denied=[*firewall.NOT_INTERNET, config.address_range, *map(str, network.host_networks())],
+            )
+        )
+
+    def resolvers(self) -> list[str]:
+        """Name servers that guests are to use."""
+        return list(self._config.resolvers) or firewall.host_resolvers()
+
+    async def close(self) -> None:
+        if self._reaper is not None:
+            self._reaper.cancel()
+            await asyncio.wait([self._reaper])
+        await self._supplies.close()
+        await asyncio.to_thread(self._starters.shutdown)
+        for machine in self._running.values():
+            _unwatch(machine)
+        if not self._running:
+            await asyncio.to_thread(firewall.remove, self._config.instance)
+            self._groups.close()
+            for directory in (self._config.run_dir / "machines", self._config.run_dir):
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
+        self._block.close()
+
+    async def start(self, spec: MachineSpec, *, token: str) -> Placement:
+        template = self._templates.find(spec.template)
+        supply = await self._supplies.take(spec.disk_mib)
+        work = asyncio.get_running_loop().run_in_executor(self._starters, self._start, spec, token, template, supply)
+        try:
+            sandbox = await asyncio.shield(work)
+        except (asyncio.CancelledError, MachineError, OSError) as error:
+            # The thread cannot be stopped; what it has made by its end is taken down.
+            while not work.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([work])
+            await asyncio.shield(self.destroy(spec.id))
+            self._block.give_back(supply.slot.index)
+            if isinstance(error, OSError):
+                raise MachineError("driver_failed", "the sandbox could not be created", detail=str(error)) from error
+            raise
+        started = processes.start_time(sandbox.pid)
+        self._watch(spec.id, sandbox.pid, supply.slot.index)
+        facts = {"pid": sandbox.pid, "started": started, "slot": supply.slot.index}
+        return Placement(supply.slot.address, resolvers=self.resolvers(), facts=facts)
+
+    def _start(self, spec: MachineSpec, token: str, template: Template, supply: Supply) -> runsc.Sandbox:
+        try:
+            config = bundle.make(
+                spec,
+                rootfs=str(template.rootfs),
+                agent=template.agent,
+                token=token,
+                namespace=f"/proc/{os.getpid()}/fd/{supply.slot.namespace}",
+                cgroup=self._groups.path(spec.id),
+            )
+            sandbox = self._runsc.create(spec.id, config, disk=supply.disk.path)
+            self._runsc.start(spec.id, supply.slot)
+            return sandbox
+        finally:
+            supply.release()
+
+    async def adopt(self, machine_id: str, placement: Placement) -> bool:
+        pid, started, slot = (placement.facts.get(key) for key in ("pid", "started", "slot"))
+        if not isinstance(pid, int) or not isinstance(slot, int) or processes.start_time(pid) != started:
+            return False
+        self._block.reserve(slot)
+        self._watch(machine_id, pid, slot)
+        await asyncio.to_thread(self._thaw, machine_id)
+        return True
+
+    async def dial(self, machine_id: str, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Transport:
+        machine = self._machine(machine_id)
+        _, address = self._block.addresses(machine.slot_index)
+        transport, _ = await asyncio.get_running_loop().create_connection(protocol, address, AGENT_PORT)
+        return transport
+
+    async def wait(self, machine_id: str) -> Exit:
+        machine = self._machine(machine_id)
+        await machine.ended.wait()
+        return machine.exit or Exit(StopCause.EXITED)
+
+    async def stats(self, machine_id: str) -> MachineStats:
+        self._machine(machine_id)
+        return await asyncio.to_thread(self._groups.stats, machine_id)
+
+    async def freeze(self, machine_id: str) -> None:
+        await self._set_frozen(machine_id, True)
+
+    async def thaw(self, machine_id: str) -> None:
+        await self._set_frozen(machine_id, False)
+
+    async def destroy(self, machine_id: str) -> None:
+        deadline = asyncio.get_running_loop().time() + _DESTROY_TIMEOUT_S
+        while not await asyncio.to_thread(self._kill, machine_id):
+            if asyncio.get_running_loop().time() > deadline:
+                left = sorted(self._groups.processes(machine_id))
+                raise MachineError("driver_failed", "the machine's processes do not end", detail=f"pids {left}")
+            await asyncio.sleep(_DESTROY_POLL_S)
+        await asyncio.to_thread(self._runsc.remove, machine_id)
+        machine = self._running.pop(machine_id, None)
+        if machine is not None:
+            self._end(machine_id, machine)
+            self._block.give_back(machine.slot_index)
+
+    async def sweep(self, keep: Collection[str]) -> Sequence[str]:
+        known = await asyncio.to_thread(lambda: self._groups.machines() | self._runsc.ids())
+        strangers = sorted(known - set(keep))
+        for machine_id in strangers:
+            await self.destroy(machine_id)
+        self._supplies.start()
+        return strangers
+
+    def _machine(self, machine_id: str) -> _Running:
+        machine = self._running.get(machine_id)
+        if machine is None:
+            raise MachineError("machine_not_running", f"machine {machine_id} does not run")
+        return machine
+
+    async def _set_frozen(self, machine_id: str, is_frozen: bool) -> None:
+        machine = self._machine(machine_id)
+        try:
+            await asyncio.to_thread(self._groups.set_frozen, machine_id, is_frozen)
+        except OSError as error:
+            verb = "frozen" if is_frozen else "thawed"
+            raise MachineError("driver_failed", f"the machine could not be {verb}", detail=str(error)) from error
+        machine.is_frozen = is_frozen
+
+    def _thaw(self, machine_id: str) -> None:
+        with contextlib.suppress(OSError):
+            self._groups.set_frozen(machine_id, False)
+
+    def _kill(self, machine_id: str) -> bool:
+        """One step towards a machine's end; True when nothing of it runs. A frozen process dies only once thawed."""
+        pids = self._groups.processes(machine_id)
+        # runsc itself joins the group late, and survives the hostd that called it.
+        root = f"--root={self._config.run_dir}/machines/{machine_id}"
+        if not pids:
+            pids = {pid for pid, rest in processes.with_argument(root) if not rest}
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if pids:
+            self._thaw(machine_id)
+        processes.reap_orphans(spare=self._watched())
+        return not pids and self._groups.remove(machine_id)
+
+    def _watched(self) -> set[int]:
+        return {machine.pid for machine in list(self._running.values()) if not machine.ended.is_set()}
+
+    def _watch(self, machine_id: str, pid: int, slot_index: int) -> None:
+        machine = _Running(pid, slot_index, os.pidfd_open(pid))
+        self._running[machine_id] = machine
+        asyncio.get_running_loop().add_reader(machine.pidfd, self._end, machine_id, machine)
+
+    def _end(self, machine_id: str, machine: _Running) -> None:
+        if machine.ended.is_set():
+            return
+        _unwatch(machine)
+        status: int | None = None
+        with contextlib.suppress(ChildProcessError):
+            pid, code = os.waitpid(machine.pid, os.WNOHANG)
+            status = code if pid else None
+        machine.exit = self._cause(machine_id, status)
+        machine.ended.set()
+
+    def _cause(self, machine_id: str, status: int | None) -> Exit:
+        if self._groups.oom_kills(machine_id):
+            return Exit(StopCause.OOM, "the machine used all of its memory")
+        if status is None:  # adopted: another process's child
+            return Exit(StopCause.EXITED)
+        if os.WIFSIGNALED(status):
+            return Exit(StopCause.KILLED, f"the sandbox was killed by {signal.Signals(os.WTERMSIG(status)).name}")
+        return Exit(StopCause.EXITED, f"the sandbox exited with status {os.WEXITSTATUS(status)}")
+
+    async def _reap(self) -> None:
+        """Helpers of a sandbox that ended by itself, with nobody destroying it yet."""
+        while True:
+            await asyncio.sleep(_REAP_PERIOD_S)
+            await asyncio.to_thread(processes.reap_orphans, self._watched())
+
+
+def _unwatch(machine: _Running) -> None:
+    if machine.pidfd >= 0:
+        asyncio.get_running_loop().remove_reader(machine.pidfd)
+        os.close(machine.pidfd)
+        machine.pidfd = -1

@@ -1,0 +1,233 @@
+"""Everything peculiar to the runsc program: its flags, its control socket and what goes wrong with them.
+
+Only `create` uses the command line. The rest of a sandbox's life goes over its control socket, an internal protocol of
+runsc (JSON over a Unix socket, descriptors as SCM_RIGHTS): 0.1 ms a call, where a command costs 20 to 60. As it is
+internal, only releases it was tried with are accepted (`RELEASES`).
+
+Quirks of release 20240729 that this module or its users work around:
+
+- `runsc start` with a network fails on kernels from 6.11 on ("cannot run with network enabled in root network
+  namespace"), because it looks for /proc/sys/net/core/rmem_default. The check belongs to the command: the call that it
+  would make, `Network.CreateLinksAndRoutes`, works, and needs no address in the namespace either.
+- `PortForward` crashes the sandbox when an answer exceeds one buffer: never called.
+- `runsc delete` waits up to two seconds for processes that nobody reaps: the driver kills, reaps and removes by itself.
+- Ids are looked up by prefix, and the control socket's path holds the id and at most 107 bytes: each machine gets its own
+  state directory, named after it, and within it the same short id.
+- The sandbox inherits the standard streams of `create`. A guest could fill a file or block on a pipe: they are /dev/null,
+  and what `create` has to say comes from its log.
+- A pids limit that gVisor's own threads reach, and running out of memory, end the whole sandbox.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import ipaddress
+import os
+import re
+import select
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from vmm.drivers.gvisor.network import Slot
+from vmm.errors import MachineError
+
+#: Releases whose control socket this module knows.
+RELEASES = ("20240729",)
+
+#: runsc's own id of every sandbox; the state directory tells them apart.
+_ID = "sandbox"
+_ROOT_LINK = "eth0"
+_CREATE_TIMEOUT_S = 30.0
+_CALL_TIMEOUT_S = 20.0
+_ANSWER_BYTES_MAX = 1024 * 1024
+#: Segments that guest and host may hand each other in one piece; what a veth pair allows.
+_GSO_BYTES_MAX = 65_536
+_QDISC_FIFO = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Sandbox:
+    """Host processes of a created sandbox: its kernel, and the gofer that opens the template's files for it."""
+
+    pid: int
+    gofer_pid: int
+
+
+def find() -> str | None:
+    """Path of the runsc program, or None."""
+    return shutil.which("runsc")
+
+
+def release(program: str) -> str:
+    """Release of a runsc program, such as "20240729"; what it printed when that has no date in it."""
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    found = re.search(r"(\d{8})", done.stdout)
+    return found.group(1) if found else done.stdout.strip()[:80]
+
+
+class Runsc:
+    """The sandboxes below one state directory. All methods block: call them from a worker thread."""
+
+    def __init__(self, program: str, state_dir: Path) -> None:
+        self._program = program
+        self._state_dir = state_dir
+
+    def ids(self) -> set[str]:
+        """Machines that have a state directory."""
+        return {path.name for path in self._state_dir.iterdir()} if self._state_dir.is_dir() else set()
+
+    def create(self, machine_id: str, config: dict[str, Any], *, disk: str | None) -> Sandbox:
+        """Start a sandbox that runs nothing yet: about 100 ms, nearly all of it CPU.
+
+        disk: directory for what the guest writes; None keeps it in the machine's memory.
+        Raises MachineError(`driver_failed`).
+        """
+        place = self._state_dir / machine_id
+        place.mkdir(parents=True, mode=0o700)
+        (place / "config.json").write_bytes(orjson.dumps(config))
+        log = place / "create.log"
+        command = [
+            self._program,
+            f"--root={place}",
+            f"--log={log}",
+            "--log-format=json",
+            "--platform=systrap",
+            "--network=sandbox",
+            f"--overlay2=root:{'memory' if disk is None else f'dir={disk}'}",
+            "--net-disconnect-ok",
+            "--cpu-num-from-quota",
+            "create",
+            f"--bundle={place}",
+            _ID,
+        ]
+        status = _run(command, _CREATE_TIMEOUT_S)
+        if status != 0:
+            raise MachineError("driver_failed", "the sandbox could not be created", detail=_complaint(log, status))
+        state = orjson.loads(_state_file(place).read_bytes())
+        return Sandbox(pid=state["sandbox"]["pid"], gofer_pid=state["goferPid"])
+
+    def start(self, machine_id: str, slot: Slot) -> None:
+        """Connect a created sandbox to its slot and start its agent: about 40 ms. Raises MachineError."""
+        with self._connect(machine_id) as control:
+            _call(control, "Network.CreateLinksAndRoutes", _links(slot), descriptors=[slot.packets.fileno()])
+            _call(control, "containerManager.StartRoot", _ID)
+
+    def remove(self, machine_id: str) -> None:
+        """Forget a sandbox whose processes are gone."""
+        shutil.rmtree(self._state_dir / machine_id, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _connect(self, machine_id: str) -> Iterator[socket.socket]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
+            control.settimeout(_CALL_TIMEOUT_S)
+            try:
+                control.connect(str(self._state_dir / machine_id / f"runsc-{_ID}.sock"))
+            except OSError as error:
+                raise MachineError("driver_failed", "the sandbox does not answer", detail=str(error)) from error
+            yield control
+
+
+def _links(slot: Slot) -> dict[str, Any]:
+    """Arguments that describe a loopback link and one link to the slot's packet socket."""
+    loopback = {
+        "Name": "lo",
+        "Addresses": [{"Address": "127.0.0.1", "PrefixLen": 8}, {"Address": "::1", "PrefixLen": 128}],
+        "Routes": [_route("127.0.0.0", 8), _route("::1", 128)],
+        "GVisorGRO": False,
+    }
+    link = {
+        "Name": _ROOT_LINK,
+        "InterfaceIndex": 0,
+        "MTU": slot.mtu,
+        "Addresses": [{"Address": slot.address, "PrefixLen": 30}],
+        "Routes": [_route(str(ipaddress.ip_interface(f"{slot.address}/30").network.network_address), 30)],
+        "GSOMaxSize": _GSO_BYTES_MAX,
+        "GVisorGSOEnabled": False,
+        "GVisorGRO": False,
+        "TXChecksumOffload": False,
+        "RXChecksumOffload": True,
+        "LinkAddress": base64.b64encode(slot.mac).decode(),
+        "QDisc": _QDISC_FIFO,
+        "Neighbors": None,
+        "NumChannels": 1,
+        "ProcessorsPerChannel": 0,
+    }
+    none = {"Route": {"Destination": {"IP": "", "Mask": None}, "Gateway": ""}, "Name": ""}
+    return {
+        "LoopbackLinks": [loopback],
+        "FDBasedLinks": [link],
+        "XDPLinks": None,
+        "Defaultv4Gateway": {"Route": _route("0.0.0.0", 0, gateway=slot.gateway), "Name": _ROOT_LINK},  # noqa: S104
+        "Defaultv6Gateway": none,
+        "PCAP": False,
+        "LogPackets": False,
+        "NATBlob": False,
+        "DisconnectOk": True,
+    }
+
+
+def _route(destination: str, prefix: int, gateway: str = "") -> dict[str, Any]:
+    network = ipaddress.ip_network(f"{destination}/{prefix}")
+    mask = base64.b64encode(network.netmask.packed).decode()
+    return {"Destination": {"IP": destination, "Mask": mask}, "Gateway": gateway}
+
+
+def _call(control: socket.socket, method: str, argument: object, descriptors: Sequence[int] = ()) -> Any:
+    """One call. The answer is a JSON value without an end mark, so it is complete when it parses."""
+    request = orjson.dumps({"method": method, "arg": argument})
+    try:
+        socket.send_fds(control, [request], list(descriptors))
+        answer = b""
+        while True:
+            received = control.recv(65_536)
+            answer += received
+            with contextlib.suppress(orjson.JSONDecodeError):
+                result = orjson.loads(answer)
+                break
+            if not received or len(answer) > _ANSWER_BYTES_MAX:
+                raise OSError(f"broken answer to {method}")
+    except OSError as error:
+        raise MachineError("driver_failed", "the sandbox does not answer", detail=f"{method}: {error}") from error
+    if not result["success"]:
+        raise MachineError("driver_failed", "the sandbox could not be started", detail=f"{method}: {result['err']}")
+    return result["result"]
+
+
+def _run(command: Sequence[str], timeout_s: float) -> int:
+    """Run a command of runsc with no standard streams; returns its exit status.
+
+    `Popen.wait` with a time-out sleeps in steps of up to 50 ms; polling a pidfd does not.
+    """
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        if not poll.poll(timeout_s * 1000):
+            process.kill()
+        return process.wait()
+    finally:
+        os.close(pidfd)
+
+
+def _complaint(log: Path, status: int) -> str:
+    """The last error in runsc's log."""
+    with contextlib.suppress(OSError):
+        for line in reversed(log.read_text(errors="replace").splitlines()):
+            with contextlib.suppress(orjson.JSONDecodeError, TypeError):
+                entry = orjson.loads(line)
+                if entry.get("level") in ("error", "warning"):
+                    return str(entry["msg"])[:2000]
+    return f"runsc create ended with status {status}"
+
+
+def _state_file(place: Path) -> Path:
+    return place / f"{_ID}_sandbox:{_ID}.state"

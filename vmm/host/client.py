@@ -1,0 +1,261 @@
+"""One connection of a client of hostd, and the splice between its streams and a machine's line.
+
+A slow reader at a client's far end holds up only its own stream: it grants no credit. Should a whole client stop taking
+bytes, the lines it reads from are not read until it does; after `_STALL_TIMEOUT_S` it is cut off, so that it cannot hold
+up other clients of the same machines for longer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import orjson
+
+from native import frames
+from native.frames import Frame
+from vmm.errors import LinkError, MachineError, VmmError
+from vmm.host.line import LineStream
+from vmm.host.machine import Machine
+from vmm.host.operations import Host
+from vmm.link import VERSION
+from vmm.types import MachineInfo
+from vmm.wire import FrameProtocol
+
+_log = logging.getLogger(__name__)
+
+_STALL_TIMEOUT_S = 20.0
+
+
+class _Open(Protocol):
+    """A stream of a client."""
+
+    def send(self, frame: Frame) -> None:
+        """A frame from the client."""
+        ...
+
+    def leave(self) -> None:
+        """The client's connection has ended."""
+        ...
+
+
+class Client:
+    """Give `wire` to the server. Adds itself to `clients` while it is connected."""
+
+    def __init__(self, host: Host, boot_id: str, clients: set[Client]) -> None:
+        self.wire = FrameProtocol(self._on_frame, self._on_lost, self._on_writable)
+        self.host = host
+        self._boot_id = boot_id
+        self._clients = clients
+        self._is_greeted = False
+        self._streams: dict[int, _Open] = {}
+        self._stall: asyncio.TimerHandle | None = None
+
+    def forget(self, stream_id: int) -> None:
+        """A stream is over."""
+        self._streams.pop(stream_id, None)
+
+    def send_json(self, kind: int, stream_id: int, message: object) -> None:
+        """Send a frame with a JSON payload."""
+        self.wire.send(frames.encode(kind, 0, stream_id, orjson.dumps(message)))
+
+    def send_error(self, stream_id: int, error: VmmError) -> None:
+        """End a stream with an error."""
+        message = {"code": error.code, "message": error.message}
+        self.send_json(frames.ERROR, stream_id, message | ({"detail": error.detail} if error.detail else {}))
+
+    def _on_frame(self, frame: Frame) -> None:
+        kind, _, stream_id, _, payload = frame
+        if not self._is_greeted:
+            self._greet(kind, payload)
+        elif kind == frames.PING:
+            self.wire.send(frames.encode(frames.PONG, 0, 0, payload))
+        elif kind == frames.OPEN:
+            self._open(stream_id, payload)
+        elif (stream := self._streams.get(stream_id)) is not None:
+            stream.send(frame)
+
+    def _greet(self, kind: int, payload: bytes) -> None:
+        hello = orjson.loads(payload) if kind == frames.HELLO else None
+        if not isinstance(hello, dict) or hello.get("version") != VERSION:
+            self.send_error(0, LinkError("bad_frame", f"expected HELLO with version {VERSION}"))
+            self.wire.close()
+            return
+        self._is_greeted = True
+        self._clients.add(self)
+        self.send_json(frames.HELLO, 0, {"version": VERSION, "role": "hostd", "boot_id": self._boot_id})
+
+    def _open(self, stream_id: int, payload: bytes) -> None:
+        if stream_id == 0 or stream_id in self._streams:
+            raise LinkError("bad_frame", f"stream {stream_id} cannot be opened")
+        try:
+            op = _decode(payload)
+            machine_id = op.get("to")
+            if machine_id is not None:
+                machine = self.host.machines.find_running(str(machine_id))
+                _Splice(self, self._streams, stream_id, machine, op, payload)
+            elif op.get("op") == "machine.events":
+                self._streams[stream_id] = _Events(self, stream_id)
+            else:
+                self._streams[stream_id] = _Call(self, stream_id, op)
+        except VmmError as error:
+            self.send_error(stream_id, error)
+
+    def _on_lost(self, _: Exception | None) -> None:
+        self._clients.discard(self)
+        self._end_stall()
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.leave()
+
+    def _on_writable(self, is_writable: bool) -> None:
+        if is_writable:
+            self._end_stall()
+        elif self._stall is None:
+            self._stall = asyncio.get_running_loop().call_later(_STALL_TIMEOUT_S, self._cut)
+        for stream in self._streams.values():
+            if isinstance(stream, _Splice):
+                stream.set_stalled(not is_writable)
+
+    def _end_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def _cut(self) -> None:
+        _log.warning("cut a client that took nothing for %.0f s", _STALL_TIMEOUT_S)
+        self.wire.abort(LinkError("link_lost", "the client does not read"))
+
+
+class _Call:
+    """An operation of hostd's own: a task that ends with one answer."""
+
+    def __init__(self, client: Client, stream_id: int, op: Mapping[str, Any]) -> None:
+        self._client = client
+        self._id = stream_id
+        # Kept by the client's table of streams until it ends.
+        self._task = asyncio.create_task(self._run(op), name=f"host {op.get('op')}")
+
+    def send(self, frame: Frame) -> None:
+        """The client may lose interest; what it asked for still happens."""
+        if frame[0] == frames.CLOSE:
+            self._client.forget(self._id)
+
+    def leave(self) -> None:
+        """As for CLOSE: a create whose caller is gone goes on, the caller asks again with the same id."""
+
+    async def _run(self, op: Mapping[str, Any]) -> None:
+        try:
+            reply = await self._client.host.call(op)
+            self._client.send_json(frames.REPLY, self._id, reply)
+            self._client.wire.send(frames.encode(frames.CLOSE, 0, self._id))
+        except VmmError as error:
+            self._client.send_error(self._id, error)
+        except Exception:
+            _log.exception("operation %s failed", op.get("op"))
+            self._client.send_error(self._id, MachineError("internal", "the host service failed"))
+        finally:
+            self._client.forget(self._id)
+
+
+class _Events:
+    """`machine.events`: every change of state from the reply on."""
+
+    def __init__(self, client: Client, stream_id: int) -> None:
+        self._client = client
+        self._id = stream_id
+        self._unwatch = client.host.machines.watch(self._on_change)
+        client.send_json(frames.REPLY, stream_id, {})
+
+    def send(self, frame: Frame) -> None:
+        if frame[0] == frames.CLOSE:
+            self._client.forget(self._id)
+            self.leave()
+
+    def leave(self) -> None:
+        self._unwatch()
+
+    def _on_change(self, machine: MachineInfo) -> None:
+        self._client.send_json(frames.EVENT, self._id, {"type": "machine", "machine": machine})
+
+
+class _Splice:
+    """A client's stream joined to one of a machine's line. Frames pass both ways as they are."""
+
+    def __init__(
+        self,
+        client: Client,
+        streams: dict[int, _Open],
+        stream_id: int,
+        machine: Machine,
+        op: Mapping[str, Any],
+        payload: bytes,
+    ) -> None:
+        self._client = client
+        self._streams = streams
+        self._id = stream_id
+        self._machine = machine
+        self._is_active = not op.get("passive", False)
+        # A command that runs in the foreground may be silent for long and is still being waited for.
+        self._keeps_busy = self._is_active and op.get("op") == "exec" and not (op.get("pty") or op.get("background"))
+        streams[stream_id] = self
+        try:
+            self._line: LineStream = machine.line.open(self, payload)
+        except VmmError:
+            del streams[stream_id]
+            raise
+        machine.busy += self._keeps_busy
+        if self._is_active:
+            machine.touch()
+        if not client.wire.is_writable:
+            self.set_stalled(True)
+
+    def send(self, frame: Frame) -> None:
+        """From the client to the agent."""
+        if frame[0] == frames.DATA and self._is_active:
+            self._machine.touch()
+        self._line.send(frame)
+        if frame[0] == frames.CLOSE:
+            self._end()
+
+    def receive(self, frame: Frame) -> None:
+        """From the agent to the client."""
+        self._client.wire.relay(frame, self._id)
+        if frame[0] in (frames.CLOSE, frames.ERROR):
+            self._end()
+
+    def fail(self, error: VmmError) -> None:
+        """The line broke or was closed."""
+        self._client.send_error(self._id, error)
+        self._end()
+
+    def leave(self) -> None:
+        """The client is gone: its processes are detached, its unfinished writes dropped."""
+        self._line.send((frames.CLOSE, 0, self._line.id, 0, b""))
+        self._end()
+
+    def set_stalled(self, is_stalled: bool) -> None:
+        """The client cannot take more at the moment, or can again."""
+        if is_stalled:
+            self._machine.line.stall(self._client)
+        else:
+            self._machine.line.resume(self._client)
+
+    def _end(self) -> None:
+        self._client.forget(self._id)
+        if self._keeps_busy:
+            self._keeps_busy = False
+            self._machine.busy -= 1
+            self._machine.touch()
+
+
+def _decode(payload: bytes) -> dict[str, Any]:
+    try:
+        op = orjson.loads(payload)
+    except orjson.JSONDecodeError as error:
+        raise MachineError("bad_request", "OPEN carries no JSON") from error
+    if not isinstance(op, dict):
+        raise MachineError("bad_request", "OPEN carries no JSON object")
+    return op

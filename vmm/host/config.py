@@ -1,0 +1,33 @@
+"""Settings of hostd that hold for every driver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class HostConfig:
+    """Where hostd keeps its things and how much it takes on.
+
+    home: data directory; hostd writes below `home/host`.
+    socket_path: Unix socket to listen on, at most 107 bytes, as the kernel demands.
+    machines_max: machines at once; a create above it is refused with `no_capacity`.
+    memory_mib_max, cpu_count_max, disk_mib_max: the most one machine may ask for; above it `limit_exceeded`.
+    memory_reserve_mib, disk_reserve_mib: what has to stay available on the host for another machine to be started.
+    boot_timeout_s: from the start of a machine to the first answer of its agent.
+    shutdown_timeout_s: to end all machines; what is left then is reported and ended at the next start.
+    ended_kept_s: how long an ended machine is still listed, so that a client that was away learns why it ended.
+    """
+
+    home: Path
+    socket_path: Path
+    machines_max: int = 500
+    memory_mib_max: int = 16_384
+    cpu_count_max: float = 16.0
+    disk_mib_max: int = 65_536
+    memory_reserve_mib: int = 512
+    disk_reserve_mib: int = 2_048
+    boot_timeout_s: float = 30.0
+    shutdown_timeout_s: float = 30.0
+    ended_kept_s: float = 3600.0

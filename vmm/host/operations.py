@@ -1,0 +1,117 @@
+"""The machine operations of docs/protocol.md, as functions from a decoded request to an answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgspec
+
+from vmm.errors import MachineError
+from vmm.host.machines import Machines
+from vmm.types import HostInfo, MachineInfo, MachineSpec, MachineStats, StopCause
+
+Handler = Callable[["Host", Mapping[str, Any]], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What the operations work on."""
+
+    machines: Machines
+    host_id: str
+    version: str
+    started_at: float
+
+    async def call(self, op: Mapping[str, Any]) -> Any:
+        """Run the operation named by `op`; returns its reply. Raises MachineError."""
+        handler = _HANDLERS.get(str(op.get("op")))
+        if handler is None:
+            raise MachineError("bad_request", f"there is no operation {str(op.get('op'))[:64]!r}")
+        return await handler(self, op)
+
+
+async def _create(host: Host, op: Mapping[str, Any]) -> MachineInfo:
+    return await host.machines.create(_decode(MachineSpec, {key: op[key] for key in op if key != "op"}))
+
+
+async def _destroy(host: Host, op: Mapping[str, Any]) -> dict[str, bool]:
+    cause = _decode(StopCause, op.get("cause", StopCause.REQUESTED))
+    return {"existed": await host.machines.destroy(_text(op, "id"), cause)}
+
+
+async def _get(host: Host, op: Mapping[str, Any]) -> MachineInfo:
+    return host.machines.find(_text(op, "id")).record.info()
+
+
+async def _list(host: Host, _: Mapping[str, Any]) -> dict[str, list[MachineInfo]]:
+    return {"machines": host.machines.infos()}
+
+
+async def _update(host: Host, op: Mapping[str, Any]) -> MachineInfo:
+    machine = host.machines.find_running(_text(op, "id"))
+    names = [name for name in ("expires_at", "idle_timeout_s") if name in op]
+    machine.update(**{name: _decode(float | None, op[name]) for name in names})
+    return machine.record.info()
+
+
+async def _touch(host: Host, op: Mapping[str, Any]) -> dict[str, Any]:
+    for machine_id in _decode(list[str], op.get("ids")):
+        try:
+            host.machines.find(machine_id).touch()
+        except MachineError:
+            # Gone meanwhile: its traffic is of no interest to anybody.
+            continue
+    return {}
+
+
+async def _stats(host: Host, op: Mapping[str, Any]) -> MachineStats:
+    return await host.machines.stats(_text(op, "id"))
+
+
+async def _templates(host: Host, _: Mapping[str, Any]) -> dict[str, Any]:
+    return {"templates": list(host.machines.driver.templates())}
+
+
+async def _info(host: Host, _: Mapping[str, Any]) -> HostInfo:
+    driver = host.machines.driver
+    return HostInfo(
+        host_id=host.host_id,
+        driver=driver.name,
+        capabilities=asdict(driver.capabilities()),
+        templates=tuple(template.name for template in driver.templates()),
+        machines=host.machines.live_count,
+        cpu_count=os.cpu_count() or 1,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        started_at=host.started_at,
+        version=host.version,
+    )
+
+
+_HANDLERS: dict[str, Handler] = {
+    "machine.create": _create,
+    "machine.destroy": _destroy,
+    "machine.get": _get,
+    "machine.list": _list,
+    "machine.update": _update,
+    "machine.touch": _touch,
+    "machine.stats": _stats,
+    "template.list": _templates,
+    "host.info": _info,
+}
+
+
+def _decode(shape: Any, value: Any) -> Any:
+    try:
+        return msgspec.convert(value, shape, strict=True)
+    except msgspec.ValidationError as error:
+        raise MachineError("bad_request", str(error)) from error
+
+
+def _text(op: Mapping[str, Any], name: str) -> str:
+    value = op.get(name)
+    if not isinstance(value, str):
+        raise MachineError("bad_request", f"{name} must be a string")
+    return value
