@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from gateway.children import StartError
 from gateway.observability import logs
 from gateway.settings import Settings, SettingsError, unknown_variables
 from gateway.supervisor import Supervisor
+from vmm.errors import VmmError
 from vmm.host.server import serve as serve_host
 
 #: The plane is the only client and has its own limits on headers and connections; this must not be the smaller.
@@ -79,9 +81,24 @@ def _run_api(settings: Settings) -> int:
 
 def _run_hostd(settings: Settings) -> int:
     logs.configure("hostd", level=settings.log_level, form=settings.log_format)
-    with contextlib.suppress(KeyboardInterrupt):
-        uvloop.run(serve_host(host_config(settings), host_driver(settings)))
+    try:
+        uvloop.run(_host_service(settings))
+    except VmmError as error:
+        print(f"sandgate: {error.message}\n{error.detail or ''}".rstrip(), file=sys.stderr)
+        return 1
     return 0
+
+
+async def _host_service(settings: Settings) -> None:
+    serving = asyncio.ensure_future(serve_host(host_config(settings), host_driver(settings), ready=_nothing))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await serving
+
+
+def _nothing() -> None:
+    """hostd is found ready by asking it."""
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.metadata
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -176,8 +177,6 @@ def _row(*cells: Any) -> None:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     """The arguments, and the settings they, the environment and the TOML file make. Raises SettingsError."""
-    import os
-
     arguments = parser().parse_args(argv)
     flags = {name: getattr(arguments, name, None) for name in _FLAGS}
     return arguments, settings.load(os.environ, flags)

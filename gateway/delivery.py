@@ -17,13 +17,17 @@ _PER_DELIVERY = frozenset({b"content-length", b"date", b"server", b"x-request-id
 
 
 class Delivery:
-    """How an answer reaches its caller: at once, or after an early status and heartbeats."""
+    """How an answer reaches its caller: at once, or after an early status and heartbeats.
+
+    headers: added to whatever is answered. status: what was sent, 0 before. workspace_id: of the caller, once known.
+    """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
         self.headers: list[tuple[str, str]] = []
+        self.workspace_id = ""
         self.status = 0
         self.is_begun = False
 

@@ -77,32 +77,35 @@ class Endpoint:
         request_id = scope.get(REQUEST_ID) or str(uuid7())
         logs.request_id.set(request_id)
         delivery = Delivery(scope, receive, send)
-        workspace_id = ""
         metrics.IN_FLIGHT.inc()
         try:
-            outcome = None
-            try:
-                principal, delivery.headers = await self._phases.admit(request, self._dialect, self._operation)
-                workspace_id = principal.workspace_id
-                call = self._call(request, principal, request_id)
-                outcome = await (self._change(call, delivery) if self._operation.mutates else self._read(call))
-            except RefusedError as refusal:
-                delivery.headers = refusal.headers
-                outcome = self._failed(refusal.error, request_id)
-            except GatewayError as error:
-                outcome = self._failed(error, request_id)
-            except Exception as error:  # noqa: BLE001 - the outermost place that can still answer
-                outcome = self._failed(unexpected(error), request_id)
+            outcome = await self._outcome(request, request_id, delivery)
             self._seconds.observe(time.perf_counter() - started)
             if delivery.is_begun and outcome.error is not None:
                 late = self._dialect.error_response(outcome.error, request_id, status_sent=True)
                 outcome = Outcome(late, outcome.error)
             await delivery.finish(outcome.response)
-            self._note(delivery.status, started, workspace_id, request)
         except (_CallerLeftError, ClientDisconnect):
-            self._note(_CALLER_LEFT, started, workspace_id, request)
+            delivery.status = _CALLER_LEFT
         finally:
             metrics.IN_FLIGHT.dec()
+            self._note(delivery, started, scope)
+
+    async def _outcome(self, request: Request, request_id: str, delivery: Delivery) -> Outcome:
+        try:
+            principal, delivery.headers = await self._phases.admit(request, self._dialect, self._operation)
+            delivery.workspace_id = principal.workspace_id
+            call = self._call(request, principal, request_id)
+            return await (self._change(call, delivery) if self._operation.mutates else self._read(call))
+        except RefusedError as refusal:
+            delivery.headers = refusal.headers
+            return self._failed(refusal.error, request_id)
+        except GatewayError as error:
+            return self._failed(error, request_id)
+        except (_CallerLeftError, ClientDisconnect):
+            raise
+        except Exception as error:  # noqa: BLE001 - the outermost place that can still answer
+            return self._failed(unexpected(error), request_id)
 
     def _call(self, request: Request, principal: Principal, request_id: str) -> Call:
         timeout_s = self._operation.timeout_s or self._phases.terms.request_timeout_s
@@ -239,18 +242,18 @@ class Endpoint:
             body = await request.body()
         return fingerprint_of(*(str(part).encode() for part in parts), request.scope["query_string"], body)
 
-    def _note(self, status: int, started: float, workspace_id: str, request: Request) -> None:
-        metrics.REQUESTS.labels(dialect=self._dialect.name, operation=self._name, status=str(status)).inc()
+    def _note(self, delivery: Delivery, started: float, scope: Scope) -> None:
+        metrics.REQUESTS.labels(dialect=self._dialect.name, operation=self._name, status=str(delivery.status)).inc()
         if self._phases.terms.is_access_logged:
             _access.info(
                 "%s %s %d",
-                request.method,
-                request.url.path,
-                status,
+                scope["method"],
+                scope["path"],
+                delivery.status,
                 extra={
-                    "status": status,
+                    "status": delivery.status,
                     "operation": self._name,
-                    "workspace_id": workspace_id,
+                    "workspace_id": delivery.workspace_id,
                     "duration_ms": round((time.perf_counter() - started) * 1000, 2),
                 },
             )
