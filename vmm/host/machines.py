@@ -25,7 +25,7 @@ _MEMORY_MIB_MIN = 128
 _DISK_MIB_MIN = 16
 _MIB = 1024 * 1024
 #: Refusals after which nothing of the machine is remembered, so that the same id may be tried again.
-_FORGOTTEN = frozenset({"no_capacity", "limit_exceeded", "template_not_found"})
+_FORGOTTEN = frozenset({"no_capacity", "limit_exceeded", "template_not_found", "driver_failed"})
 _ENDED_MAX = 2000
 _TIDY_PERIOD_S = 60.0
 

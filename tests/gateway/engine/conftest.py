@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -20,6 +21,9 @@ from gateway.settings import Settings
 from gateway.store import Database, migrate, open_database, sandboxes, workspaces
 from gateway.store.keys import KeyRoute
 from vmm.client import HostClient
+from vmm.drivers.fake import FakeDriver
+from vmm.host.config import HostConfig
+from vmm.host.server import serve
 
 
 @dataclass
@@ -93,3 +97,26 @@ async def put_running(engine: Engine, principal: Principal, **fields: object) ->
     sandbox = replace(running, **fields)  # type: ignore[arg-type]
     await engine.context.database.write(partial(sandboxes.insert, sandbox=sandbox))
     return sandbox
+
+
+@pytest.fixture
+async def driver(tmp_path: Path) -> AsyncIterator[FakeDriver]:
+    """The driver behind a hostd that listens on `hostd.sock`."""
+    driver = FakeDriver()
+    ready = asyncio.Event()
+    config = HostConfig(home=tmp_path, socket_path=tmp_path / "hostd.sock", memory_reserve_mib=0, disk_reserve_mib=0)
+    hostd = asyncio.create_task(serve(config, driver, ready=ready.set))
+    async with asyncio.timeout(10):
+        await ready.wait()
+    yield driver
+    hostd.cancel()
+    await asyncio.wait([hostd])
+
+
+@pytest.fixture
+async def engine(
+    tmp_path: Path, database: Database, routes: Recorder, settings: Settings, driver: FakeDriver
+) -> AsyncIterator[Engine]:
+    """An engine with a host of fake machines."""
+    async with HostClient(str(tmp_path / "hostd.sock")) as host:
+        yield Engine(Context(database, host, routes, EventLog(database, routes.poke), settings))
