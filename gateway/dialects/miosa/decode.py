@@ -7,7 +7,6 @@ A body is a `msgspec.Struct`: its annotations check the request and describe it 
 from __future__ import annotations
 
 import base64
-import binascii
 import datetime as dt
 import re
 import uuid
@@ -52,7 +51,7 @@ Metadata = Annotated[dict[str, Any], Meta(max_length=64)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 
 _METADATA_BYTES_MAX = 16 * 1024
-_ERROR_PLACE = re.compile(r"^(?P<reason>.*?)(?: - at `(?P<place>[^`]*)`)?$", re.DOTALL)
+_ERROR_PLACE = re.compile(r"^(?P<reason>.*?)(?: - at (?P<key>`key` in )?`(?P<place>[^`]*)`)?$", re.DOTALL)
 _ERROR_PATTERN = re.compile(r"expected str matching regex (?P<pattern>'.*')$")
 
 
@@ -72,11 +71,16 @@ def json_object(raw: bytes, kind: type[T]) -> T:
     """Bytes of one JSON object as a `kind`."""
     try:
         return msgspec.json.decode(raw, type=kind)
-    except msgspec.ValidationError as error:
-        fields = msgspec.json.decode(raw)
-        if not isinstance(fields, dict):
-            raise GatewayError("malformed", "The body must be a JSON object.") from error
-        raise _invalid_fields(fields, kind, strict=True) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        fields = _json(raw)
+    if not isinstance(fields, dict):
+        raise GatewayError("malformed", "The body must be a JSON object.")
+    raise _invalid_fields(fields, kind, strict=True)
+
+
+def _json(raw: bytes) -> Any:
+    try:
+        return msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise GatewayError("malformed", f"The body is not valid JSON: {error}") from error
 
@@ -116,6 +120,8 @@ def _problem(name: str, message: str) -> FieldProblem:
     pattern = _ERROR_PATTERN.search(reason)
     if pattern is not None:
         reason = next((words for regex, words in _PATTERN_WORDS.items() if repr(regex) == pattern["pattern"]), reason)
+    if match["key"]:
+        reason = f"a name in it {reason}"
     return FieldProblem(name + (match["place"] or "").replace("$", "", 1), reason)
 
 
@@ -163,7 +169,7 @@ def base64_bytes(field: str, value: str) -> bytes:
     """Standard base64; white space between is allowed, other stray characters are not."""
     try:
         return base64.b64decode("".join(value.split()), validate=True)
-    except binascii.Error:
+    except ValueError:
         raise invalid(field, "must be base64") from None
 
 

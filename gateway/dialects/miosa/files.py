@@ -382,7 +382,8 @@ async def make_directory(call: Call, body: MakeDirectoryRequest) -> FileInfo:
     return file_info(await call.engine.make_directory(call.principal, command))
 
 
-def _both_ends(body: MoveRequest) -> tuple[str, str]:
+def both_ends(body: MoveRequest) -> tuple[str, str]:
+    """From where to where."""
     source = first(body.from_, body.source, body.old_path)
     destination = first(body.to, body.destination, body.dest, body.new_path)
     if source is None:
@@ -394,14 +395,14 @@ def _both_ends(body: MoveRequest) -> tuple[str, str]:
 
 async def rename(call: Call, body: MoveRequest) -> FileInfo:
     """Move a file or directory."""
-    source, destination = _both_ends(body)
+    source, destination = both_ends(body)
     command = commands.RenamePath(decode.sandbox_id(call), source, destination)
     return file_info(await call.engine.rename_path(call.principal, command))
 
 
 async def copy(call: Call, body: MoveRequest) -> FileInfo:
     """Copy a file, or with `recursive` a directory."""
-    source, destination = _both_ends(body)
+    source, destination = both_ends(body)
     command = commands.CopyPath(decode.sandbox_id(call), source, destination, bool(body.recursive))
     return file_info(await call.engine.copy_path(call.principal, command))
 

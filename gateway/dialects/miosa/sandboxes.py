@@ -21,11 +21,13 @@ from gateway.resources import Attribution, SandboxState
 READ = "sandboxes:read"
 WRITE = "sandboxes:write"
 
-_LIFE_S_MAX = 30 * 24 * 3600
+#: The specification's default; a server's own default is for dialects that name none.
+LIFE_S = 300.0
+LIFE_S_MAX = 30 * 24 * 3600
 _READY_WAIT_S = 60.0
 
-Seconds = Annotated[float, Meta(ge=1, le=_LIFE_S_MAX)]
-Milliseconds = Annotated[int, Meta(ge=1000, le=_LIFE_S_MAX * 1000)]
+Seconds = Annotated[float, Meta(ge=1, le=LIFE_S_MAX)]
+Milliseconds = Annotated[int, Meta(ge=1000, le=LIFE_S_MAX * 1000)]
 
 #: Named sizes of the clients: vCPUs and MiB of memory.
 SIZES = {"xs": (1.0, 2048), "small": (2.0, 4096), "medium": (4.0, 8192)}
@@ -245,6 +247,9 @@ def _check_workspace(call: Call, workspace_id: str | None) -> None:
 def create_command(call: Call, body: CreateSandboxRequest) -> commands.CreateSandbox:
     """The request as a command."""
     _check_workspace(call, body.workspace_id)
+    timeout_s = seconds(body.timeout_ms, body.timeout_sec)
+    if timeout_s is None and not body.always_on:
+        timeout_s = LIFE_S
     cpu_count, memory_mib = SIZES[body.size] if body.size is not None else (None, None)
     return commands.CreateSandbox(
         effect_id=call.effect_id,
@@ -254,7 +259,7 @@ def create_command(call: Call, body: CreateSandboxRequest) -> commands.CreateSan
         cpu_count=first(body.cpu_count, cpu_count),
         memory_mib=first(body.memory_mb, memory_mib),
         disk_mib=first(body.disk_mb, body.disk_size_mb),
-        timeout_s=seconds(body.timeout_ms, body.timeout_sec),
+        timeout_s=timeout_s,
         idle_timeout_s=seconds(body.idle_timeout_ms, body.idle_timeout_sec),
         always_on=bool(body.always_on),
         env=body.env or {},
@@ -321,7 +326,7 @@ async def set_tags(call: Call, body: SetTagsRequest) -> Sandbox:
 async def extend(call: Call, body: ExtendSandboxRequest) -> Sandbox:
     """Move the end of its life."""
     timeout_s = seconds(body.timeout_ms, body.timeout_sec)
-    command = commands.ExtendSandbox(decode.sandbox_id(call), 300.0 if timeout_s is None else timeout_s)
+    command = commands.ExtendSandbox(decode.sandbox_id(call), LIFE_S if timeout_s is None else timeout_s)
     return sandbox(await call.engine.extend_sandbox(call.principal, command))
 
 

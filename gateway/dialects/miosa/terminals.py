@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-from typing import Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import msgspec
 import orjson
@@ -23,8 +23,10 @@ from gateway import commands
 from gateway.dialects.miosa import decode
 from gateway.dialects.miosa.answers import iso_time
 from gateway.dialects.miosa.route import NOTHING, Route, one
-from gateway.engine.terminals import Terminal
 from gateway.pipeline import Call, SocketCall, SocketOperation
+
+if TYPE_CHECKING:
+    from gateway.engine.terminals import Terminal
 
 SCOPE = "sandboxes:write"
 
@@ -153,7 +155,7 @@ async def _client_to_terminal(socket: WebSocket, terminal: Terminal) -> None:
 
 async def _text_frame(socket: WebSocket, terminal: Terminal, text: str) -> bytes:
     """Do what a control says, or return the input that a text frame is."""
-    control = _control(text)
+    control = parse_control(text)
     if control is None:
         return text.encode()
     match control.type:
@@ -166,7 +168,8 @@ async def _text_frame(socket: WebSocket, terminal: Terminal, text: str) -> bytes
     return control.data.encode()
 
 
-def _control(text: str) -> Control | None:
+def parse_control(text: str) -> Control | None:
+    """A text frame as a control; None if it is input."""
     if not text.startswith("{"):
         return None
     try:
