@@ -1,0 +1,114 @@
+//! Command line and limits.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+
+/// Sandgate's public listener: previews go to sandboxes, everything else to the API.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "sandgate-plane", version)]
+pub struct Config {
+    /// Address of the public listener; may be given several times. Port 0 lets the system choose.
+    #[arg(long, required = true)]
+    pub listen: Vec<SocketAddr>,
+    /// Address of the listener for /healthz, /readyz and /metrics.
+    #[arg(long)]
+    pub admin_listen: Option<SocketAddr>,
+    /// The API's Unix socket.
+    #[arg(long)]
+    pub api_socket: PathBuf,
+    /// Unix socket on which the API controls this process; made with mode 0600.
+    #[arg(long)]
+    pub control_socket: PathBuf,
+    /// Domain below which previews live; may be given several times.
+    #[arg(long, default_value = "localhost")]
+    pub domain: Vec<String>,
+    /// File that keeps the route table over a restart [default: the control socket's path with .routes].
+    #[arg(long)]
+    pub routes_file: Option<PathBuf>,
+    /// Worker threads [default: one per core].
+    #[arg(long)]
+    pub workers: Option<usize>,
+    /// Append a JSON line per request to this file ("-" is standard output).
+    #[arg(long)]
+    pub access_log: Option<PathBuf>,
+    /// End when the parent process does.
+    #[arg(long)]
+    pub die_with_parent: bool,
+    /// Limits and time-outs.
+    #[command(flatten)]
+    pub limits: Limits,
+}
+
+/// Limits and time-outs. Times are seconds, checked every 0.25 s.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct Limits {
+    /// Largest request or response head, in bytes (at most 131072).
+    #[arg(long, default_value_t = 65536, value_parser = clap::value_parser!(u32).range(1024..=131_072))]
+    pub head_bytes_max: u32,
+    /// Client connections in all.
+    #[arg(long, default_value_t = 20_000)]
+    pub connections_max: usize,
+    /// Client connections from one address.
+    #[arg(long, default_value_t = 4_000)]
+    pub client_connections_max: usize,
+    /// Requests and tunnels in flight to one sandbox.
+    #[arg(long, default_value_t = 1_000)]
+    pub sandbox_connections_max: u32,
+    /// For a request's head to arrive.
+    #[arg(long, default_value_t = 15.0)]
+    pub head_timeout_s: f64,
+    /// Between two requests on one client connection.
+    #[arg(long, default_value_t = 75.0)]
+    pub idle_timeout_s: f64,
+    /// Without a byte of the request's body arriving.
+    #[arg(long, default_value_t = 60.0)]
+    pub body_timeout_s: f64,
+    /// For a connection to a sandbox or the API.
+    #[arg(long, default_value_t = 5.0)]
+    pub connect_timeout_s: f64,
+    /// For the head of a sandbox's response.
+    #[arg(long, default_value_t = 300.0)]
+    pub response_timeout_s: f64,
+    /// For the head of the API's response.
+    #[arg(long, default_value_t = 3600.0)]
+    pub api_response_timeout_s: f64,
+    /// Without a byte in a response's body or a tunnel.
+    #[arg(long, default_value_t = 3600.0)]
+    pub stream_timeout_s: f64,
+    /// Without the receiver taking a byte that waits for it.
+    #[arg(long, default_value_t = 60.0)]
+    pub send_timeout_s: f64,
+    /// An idle connection to an upstream is kept; below the 5 s after which common servers close theirs.
+    #[arg(long, default_value_t = 4.0)]
+    pub upstream_idle_timeout_s: f64,
+    /// For requests in flight to finish after SIGTERM.
+    #[arg(long, default_value_t = 30.0)]
+    pub drain_timeout_s: f64,
+}
+
+impl Config {
+    /// The file for the route table.
+    pub fn routes_path(&self) -> PathBuf {
+        self.routes_file.clone().unwrap_or_else(|| self.control_socket.with_extension("routes"))
+    }
+
+    /// Number of worker threads.
+    pub fn worker_count(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        self.workers.unwrap_or_else(cores).max(1)
+    }
+}
+
+/// Seconds as milliseconds; negative and absurd values become 0 and a century.
+pub fn ms(seconds: f64) -> u64 {
+    const CENTURY_MS: f64 = 3.2e12;
+    (seconds * 1000.0).clamp(0.0, CENTURY_MS) as u64
+}
+
+/// Seconds as a duration.
+pub fn duration(seconds: f64) -> Duration {
+    Duration::from_millis(ms(seconds))
+}

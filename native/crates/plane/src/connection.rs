@@ -1,0 +1,312 @@
+//! A client connection from accept to close.
+//!
+//! ```text
+//! idle ──first byte──▶ head ──▶ answered here, or exchanged with an upstream ──▶ idle | tunnel | close
+//! ```
+//!
+//! Deadlines, revoked accesses and the drain end it from outside, through its [`Watch`].
+
+use std::cell::{Cell, RefCell};
+use std::net::IpAddr;
+use std::pin::pin;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::time::timeout;
+
+use crate::access_log::Record;
+use crate::buf::Inbox;
+use crate::compose::{Peer, split_query};
+use crate::exchange::{Broken, Done, exchange};
+use crate::failure::{Audience, Code, Failure};
+use crate::http::fields::{self, Field};
+use crate::http::{Framing, find_end};
+use crate::metrics::Class;
+use crate::net::Shared;
+use crate::prepare::{Answer, AnswerKind, Forward, Plan, prepare};
+use crate::tunnel::tunnel;
+use crate::watch::{End, Phase, Watch};
+use crate::worker::Worker;
+
+/// How long the client may take to read a last answer and close; how much of what it still sends is thrown away.
+const LINGER: Duration = Duration::from_secs(2);
+const LINGER_BYTES_MAX: usize = 1024 * 1024;
+
+/// Whether anything remains to be done when the requests are over.
+enum Exit {
+    /// Close.
+    Closed,
+    /// Close, but first let the client read the last answer: it may still be sending.
+    Linger,
+}
+
+/// Serves one connection.
+pub async fn serve<C: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, watch: &Watch, stream: C, client: IpAddr) {
+    let session = Session {
+        worker,
+        watch,
+        client: Shared::new(stream),
+        peer: peer(client),
+        audience: Cell::default(),
+        class: Cell::new(Class::None),
+        record: RefCell::default(),
+        started_ms: Cell::new(0),
+    };
+    let exit = {
+        let mut requests = pin!(session.requests());
+        tokio::select! {
+            biased;
+            exit = &mut requests => Ok(exit),
+            end = watch.ended() => Err(end),
+        }
+    };
+    let exit = match exit {
+        Ok(exit) => exit,
+        Err(end) => session.cut(end).await,
+    };
+    if matches!(exit, Exit::Linger) {
+        linger(session.client.into_inner()).await;
+    }
+}
+
+fn peer(client: IpAddr) -> Peer {
+    let address = client.to_string().into_boxed_str();
+    let forwarded_for = if client.is_ipv6() { format!("\"[{address}]\"").into() } else { address.clone() };
+    Peer { address, forwarded_for, proto: "http" }
+}
+
+/// Answers a connection that is one too many.
+pub async fn turn_away<C: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, mut stream: C) {
+    let bytes = Failure::from(Code::TooManyConnections).render(Audience::default(), &worker.request_id());
+    worker.counters.failure(Code::TooManyConnections);
+    worker.counters.request(Class::None, Code::TooManyConnections.status());
+    if matches!(timeout(LINGER, stream.write_all(&bytes)).await, Ok(Ok(()))) {
+        linger(stream).await;
+    }
+}
+
+/// Closes our side and waits a little for the other. Closing at once while the client still sends would reset the
+/// connection, and the client might never see its answer.
+async fn linger<C: AsyncRead + AsyncWrite + Unpin>(mut stream: C) {
+    let drain = async {
+        stream.shutdown().await?;
+        let mut scrap = [0; 4096];
+        let mut left = LINGER_BYTES_MAX;
+        while left > 0 {
+            let count = stream.read(&mut scrap).await?;
+            if count == 0 {
+                break;
+            }
+            left = left.saturating_sub(count);
+        }
+        std::io::Result::Ok(())
+    };
+    // However it ends, the connection is closed next.
+    let _ = timeout(LINGER, drain).await;
+}
+
+struct Session<'a, C> {
+    worker: &'a Worker,
+    watch: &'a Watch,
+    client: Shared<C>,
+    peer: Peer,
+    audience: Cell<Audience>,
+    class: Cell<Class>,
+    record: RefCell<Option<Record>>,
+    started_ms: Cell<u64>,
+}
+
+impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
+    async fn requests(&self) -> Exit {
+        let mut inbox = Inbox::default();
+        loop {
+            self.audience.set(Audience::default());
+            self.class.set(Class::None);
+            let head_len = match self.read_head(&mut inbox).await {
+                Ok(Some(len)) => len,
+                Ok(None) => return Exit::Closed,
+                Err(failure) => return self.refuse(failure).await,
+            };
+            let plan = self.plan(&inbox.data()[..head_len]);
+            inbox.consume(head_len);
+            let exit = match plan {
+                Err(failure) => Some(self.refuse(failure).await),
+                Ok(Plan::Answer(answer)) => self.answer(answer).await,
+                Ok(Plan::Forward(forward)) => self.forward(*forward, &mut inbox).await,
+            };
+            if let Some(exit) = exit {
+                return exit;
+            }
+        }
+    }
+
+    /// Waits for a complete head; none if the client closed before it began one.
+    async fn read_head(&self, inbox: &mut Inbox) -> Result<Option<usize>, Failure> {
+        let limits = &self.worker.config.limits;
+        let bytes_max = limits.head_bytes_max as usize;
+        let mut seen = 0;
+        loop {
+            // One empty line before a request is an old client's habit (RFC 9112, 2.2).
+            if seen == 0 && inbox.data().starts_with(b"\r\n") {
+                inbox.consume(2);
+            }
+            if inbox.is_empty() {
+                self.watch.up.set(Phase::Idle, self.worker.after(limits.idle_timeout_s));
+            } else {
+                if let Some(len) = find_end(inbox.data(), seen, bytes_max)? {
+                    self.watch.up.clear();
+                    return Ok(Some(len));
+                }
+                seen = inbox.data().len();
+                if self.watch.up.phase() != Phase::Head {
+                    self.watch.up.set(Phase::Head, self.worker.after(limits.head_timeout_s));
+                }
+            }
+            match inbox.fill(&mut &self.client).await {
+                Ok(0) | Err(_) => return Ok(None),
+                Ok(_) => {}
+            }
+        }
+    }
+
+    fn plan(&self, head: &[u8]) -> Result<Plan, Failure> {
+        self.watch.is_answering.set(false);
+        self.started_ms.set(self.worker.now_ms());
+        let mut fields = self.worker.fields.take();
+        let plan = prepare(self.worker, &self.peer, head, &mut fields);
+        if self.worker.access_log.is_some() {
+            self.record.replace(Some(self.record(head, &fields)));
+        }
+        self.worker.fields.replace(fields);
+        plan
+    }
+
+    /// What the access log will say; a head that could not be read leaves it nearly empty.
+    fn record(&self, head: &[u8], fields: &[Field]) -> Record {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let line = &head[..fields::line_len(head).unwrap_or(0)];
+        let mut words = line.split(|&b| b == b' ');
+        let method = words.next().unwrap_or_default();
+        let (path, _) = split_query(words.next().unwrap_or_default());
+        let host = fields.iter().find(|field| field.name == fields::Name::Host).map(|field| field.value(head));
+        Record {
+            method: text(method),
+            host: text(host.unwrap_or_default()),
+            path: text(path),
+            client: self.peer.address.clone().into(),
+            ..Record::default()
+        }
+    }
+
+    fn finished(&self, status: u16, code: Option<Code>, request_id: Option<String>) {
+        let class = self.class.get();
+        self.worker.counters.request(class, status);
+        if let Some(code) = code {
+            self.worker.counters.failure(code);
+        }
+        if let (Some(log), Some(mut record)) = (&self.worker.access_log, self.record.take()) {
+            record.ts = self.worker.wall_s();
+            record.class = class.name();
+            record.status = status;
+            record.code = code.map(Code::name);
+            record.request_id = request_id;
+            record.duration_ms = self.worker.now_ms().saturating_sub(self.started_ms.get());
+            log.borrow_mut().push(&record);
+        }
+    }
+
+    async fn write(&self, bytes: &[u8]) -> std::io::Result<()> {
+        self.watch.is_answering.set(true);
+        self.watch.down.set(Phase::Send, self.worker.after(self.worker.config.limits.send_timeout_s));
+        let outcome = (&self.client).write_all(bytes).await;
+        self.watch.down.clear();
+        outcome
+    }
+
+    /// Answers a request after which the connection cannot go on.
+    async fn refuse(&self, failure: Failure) -> Exit {
+        let request_id = self.worker.request_id();
+        let audience = Audience { is_keep_alive: false, ..self.audience.get() };
+        let bytes = failure.render(audience, &request_id);
+        self.finished(failure.code.status(), Some(failure.code), Some(request_id));
+        if self.write(&bytes).await.is_ok() { Exit::Linger } else { Exit::Closed }
+    }
+
+    async fn answer(&self, answer: Answer) -> Option<Exit> {
+        let audience = answer.audience;
+        let can_go_on = answer.framing == Framing::None && audience.is_keep_alive && !self.worker.is_draining.get();
+        self.class.set(answer.class);
+        self.audience.set(audience);
+        match answer.kind {
+            AnswerKind::Failure(failure) if !can_go_on => Some(self.refuse(failure).await),
+            AnswerKind::Failure(failure) => {
+                let request_id = self.worker.request_id();
+                let bytes = failure.render(audience, &request_id);
+                self.finished(failure.code.status(), Some(failure.code), Some(request_id));
+                self.write(&bytes).await.is_err().then_some(Exit::Closed)
+            }
+            AnswerKind::Redirect(bytes) => {
+                self.finished(303, None, None);
+                let outcome = self.write(&bytes).await;
+                if outcome.is_err() {
+                    return Some(Exit::Closed);
+                }
+                (!can_go_on).then_some(Exit::Linger)
+            }
+        }
+    }
+
+    async fn forward(&self, mut forward: Forward, inbox: &mut Inbox) -> Option<Exit> {
+        self.class.set(if forward.address.is_some() { Class::Preview } else { Class::Api });
+        self.audience.set(forward.audience);
+        if let (Some(record), Some(sandbox)) = (&mut *self.record.borrow_mut(), &forward.sandbox) {
+            record.sandbox = Some(sandbox.id.clone().into());
+        }
+        self.watch.admission.replace(forward.admission.take());
+        let outcome = exchange(self.worker, self.watch, &self.client, inbox, &forward).await;
+        let exit = match outcome {
+            Ok(Done::KeepAlive(status)) => {
+                self.finished(status, None, None);
+                None
+            }
+            Ok(Done::Close(status)) => {
+                self.finished(status, None, None);
+                Some(Exit::Linger)
+            }
+            Ok(Done::Switch(switch)) => {
+                self.finished(101, None, None);
+                tunnel(self.worker, self.watch, &self.client, inbox, *switch, forward.sandbox.as_deref()).await;
+                Some(Exit::Closed)
+            }
+            Err(Broken::Failed(failure)) => Some(self.refuse(failure).await),
+            Err(Broken::Aborted | Broken::Stale) => {
+                self.finished(0, None, None);
+                Some(Exit::Closed)
+            }
+        };
+        self.watch.admission.replace(None);
+        exit
+    }
+
+    /// Ends the connection for a reason from outside.
+    async fn cut(&self, end: End) -> Exit {
+        self.watch.admission.replace(None);
+        let code = match end {
+            End::Timeout(Phase::Head | Phase::Body) => Code::RequestTimeout,
+            End::Timeout(Phase::Connect | Phase::Response | Phase::Push) if self.class.get() == Class::Api => {
+                Code::ApiUnavailable
+            }
+            End::Timeout(Phase::Connect | Phase::Response | Phase::Push) => Code::UpstreamTimeout,
+            End::Timeout(_) | End::Drain => return Exit::Closed,
+            End::Revoked => {
+                self.worker.counters.revoked.add(1);
+                return Exit::Closed;
+            }
+        };
+        if self.watch.is_answering.get() {
+            return Exit::Closed;
+        }
+        let last_words = timeout(LINGER, self.refuse(code.into()));
+        last_words.await.unwrap_or(Exit::Closed)
+    }
+}

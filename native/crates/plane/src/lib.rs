@@ -1,0 +1,38 @@
+//! Sandgate's plane: the public listener.
+//!
+//! It looks at the `Host` header of each request. Preview hosts lead to a port of a sandbox, everything else to the
+//! API's Unix socket. Bytes are streamed both ways and never buffered whole. All decisions are made from the route
+//! table that the API pushes over the control socket.
+//!
+//! ```text
+//!              ┌ worker (thread) ── connection ── prepare ── exchange ── tunnel ┐
+//! clients ────▶│   one listener each, one current-thread runtime, no locks      │──▶ sandboxes, API
+//!              └──────────▲─────────────────────────────────────────────────────┘
+//!                         │ table (atomic pointers)
+//!              control thread: control socket, journal, admin listener, signals
+//! ```
+
+pub mod access_log;
+pub mod admin;
+pub mod admit;
+pub mod buf;
+pub mod compose;
+pub mod config;
+pub mod connection;
+pub mod control;
+pub mod exchange;
+pub mod failure;
+pub mod http;
+pub mod journal;
+pub mod log;
+pub mod message;
+pub mod metrics;
+pub mod net;
+pub mod pool;
+pub mod prepare;
+pub mod pump;
+pub mod server;
+pub mod table;
+pub mod tunnel;
+pub mod watch;
+pub mod worker;

@@ -1,0 +1,165 @@
+//! Counters. Each worker writes its own; a scrape adds them up.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::failure::{CODES, Code};
+use crate::table::Table;
+
+/// A number that one thread writes and others read.
+#[derive(Debug, Default)]
+pub struct Count(AtomicU64);
+
+impl Count {
+    /// Adds. Only the owning worker may call it: a plain load and store, no locked instruction.
+    pub fn add(&self, amount: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
+    }
+
+    /// Subtracts, under the same rule.
+    pub fn sub(&self, amount: u64) {
+        self.add(amount.wrapping_neg());
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Where a request went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Nowhere: refused before it had a target.
+    None,
+    /// The API.
+    Api,
+    /// A sandbox.
+    Preview,
+}
+
+const CLASSES: [(Class, &str); 3] = [(Class::None, "none"), (Class::Api, "api"), (Class::Preview, "preview")];
+
+/// What one worker counts.
+#[derive(Debug, Default)]
+pub struct Counters {
+    requests: [[Count; 6]; 3],
+    failures: [Count; CODES],
+    /// Connections accepted.
+    pub accepted: Count,
+    /// Connections open.
+    pub connections: Count,
+    /// Upgraded connections open.
+    pub tunnels: Count,
+    /// Bytes from clients to upstreams, heads left out.
+    pub bytes_up: Count,
+    /// Bytes from upstreams to clients, heads left out.
+    pub bytes_down: Count,
+    /// Connections to upstreams opened.
+    pub connects: Count,
+    /// Requests sent again because a pooled connection turned out to be closed.
+    pub retries: Count,
+    /// Connections ended because access was revoked.
+    pub revoked: Count,
+}
+
+impl Counters {
+    /// Counts an answered request.
+    pub fn request(&self, class: Class, status: u16) {
+        self.requests[class as usize][usize::from(status / 100).min(5)].add(1);
+    }
+
+    /// Whether any connection is open.
+    pub fn has_connections(&self) -> bool {
+        self.connections.get() != 0
+    }
+
+    /// Counts an answer of our own.
+    pub fn failure(&self, code: Code) {
+        self.failures[code as usize].add(1);
+    }
+}
+
+/// All workers' counters.
+pub struct Metrics {
+    workers: Vec<Arc<Counters>>,
+}
+
+impl Metrics {
+    /// For so many workers.
+    pub fn new(workers: usize) -> Self {
+        Self { workers: (0..workers).map(|_| Arc::default()).collect() }
+    }
+
+    /// One worker's.
+    pub fn worker(&self, index: usize) -> Arc<Counters> {
+        Arc::clone(&self.workers[index])
+    }
+
+    fn sum(&self, pick: impl Fn(&Counters) -> &Count) -> u64 {
+        self.workers.iter().fold(0, |sum, worker| sum.wrapping_add(pick(worker).get()))
+    }
+
+    /// Connections open.
+    pub fn connections(&self) -> u64 {
+        self.sum(|worker| &worker.connections)
+    }
+
+    /// Requests answered.
+    pub fn requests(&self) -> u64 {
+        self.workers.iter().flat_map(|worker| worker.requests.iter().flatten()).map(Count::get).sum()
+    }
+
+    /// The Prometheus text format.
+    pub fn render(&self, table: &Table) -> String {
+        let mut out = String::with_capacity(4096);
+        let _ = writeln!(
+            out,
+            "# HELP sandgate_plane_requests_total Requests answered.\n# TYPE sandgate_plane_requests_total counter"
+        );
+        for (class, name) in CLASSES {
+            for status in 1..6 {
+                let count = self.sum(|worker| &worker.requests[class as usize][status]);
+                let _ =
+                    writeln!(out, "sandgate_plane_requests_total{{class=\"{name}\",status=\"{status}xx\"}} {count}");
+            }
+        }
+        let _ = writeln!(
+            out,
+            "# HELP sandgate_plane_failures_total Answers of the plane itself, by code.\n# TYPE sandgate_plane_failures_total counter"
+        );
+        for code in Code::ALL {
+            let count = self.sum(|worker| &worker.failures[code as usize]);
+            let _ = writeln!(out, "sandgate_plane_failures_total{{code=\"{}\"}} {count}", code.name());
+        }
+        let mut one = |name: &str, kind: &str, help: &str, value: u64| {
+            let _ = writeln!(
+                out,
+                "# HELP sandgate_plane_{name} {help}\n# TYPE sandgate_plane_{name} {kind}\nsandgate_plane_{name} {value}"
+            );
+        };
+        one("connections_total", "counter", "Connections accepted.", self.sum(|w| &w.accepted));
+        one("connections", "gauge", "Connections open.", self.connections());
+        one("tunnels", "gauge", "Upgraded connections open.", self.sum(|w| &w.tunnels));
+        one("upload_bytes_total", "counter", "Body bytes from clients to upstreams.", self.sum(|w| &w.bytes_up));
+        one("download_bytes_total", "counter", "Body bytes from upstreams to clients.", self.sum(|w| &w.bytes_down));
+        one("upstream_connects_total", "counter", "Connections to upstreams opened.", self.sum(|w| &w.connects));
+        one(
+            "upstream_retries_total",
+            "counter",
+            "Requests sent again after a stale connection.",
+            self.sum(|w| &w.retries),
+        );
+        one("revoked_total", "counter", "Connections ended because access was revoked.", self.sum(|w| &w.revoked));
+        one("sandboxes", "gauge", "Sandboxes in the route table.", table.sandboxes() as u64);
+        one("table_generation", "counter", "Changes of the route table.", table.generation());
+        out
+    }
+}
+
+impl Class {
+    /// As logs and metrics spell it.
+    pub fn name(self) -> &'static str {
+        CLASSES[self as usize].1
+    }
+}

@@ -1,0 +1,154 @@
+//! Streams shared by the two directions of one task.
+
+use std::cell::RefCell;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+
+/// A stream whose read and write side are used by two futures of one task.
+///
+/// Each poll borrows it for itself only, so no lock and no split is needed.
+pub struct Shared<S>(RefCell<S>);
+
+impl<S> Shared<S> {
+    /// Takes a stream.
+    pub fn new(stream: S) -> Self {
+        Self(RefCell::new(stream))
+    }
+
+    /// Gives it back.
+    pub fn into_inner(self) -> S {
+        self.0.into_inner()
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for &Shared<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_read(cx, buf)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for &Shared<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_write(cx, data)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_write_vectored(cx, data)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.borrow().is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_shutdown(cx)
+    }
+}
+
+/// A connection to a sandbox (TCP) or to the API (Unix socket).
+pub enum Upstream {
+    /// To a port of a sandbox.
+    Tcp(TcpStream),
+    /// To the API.
+    Unix(UnixStream),
+}
+
+impl Upstream {
+    /// Whether an idle connection can still be used: open, and with nothing said on it unasked.
+    ///
+    /// One look at the socket itself: the reactor may not have told us yet.
+    pub fn is_quiet(&self) -> bool {
+        let mut byte = [std::mem::MaybeUninit::uninit()];
+        let peeked = match self {
+            Self::Tcp(stream) => socket2::SockRef::from(stream).peek(&mut byte),
+            Self::Unix(stream) => socket2::SockRef::from(stream).peek(&mut byte),
+        };
+        matches!(peeked, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+}
+
+impl AsyncRead for Upstream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Upstream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, data),
+            Self::Unix(stream) => Pin::new(stream).poll_write(cx, data),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, data),
+            Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, data),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+/// Writes `head` and `body`, with one call if it takes them. `on_progress` is told of every call that took some.
+pub async fn write_both<W: AsyncWrite + Unpin>(
+    writer: &mut W,
+    head: &[u8],
+    body: &[u8],
+    on_progress: impl Fn(),
+) -> io::Result<()> {
+    let (mut head, mut body) = (head, body);
+    std::future::poll_fn(|cx| {
+        while !head.is_empty() || !body.is_empty() {
+            let count = if head.is_empty() {
+                ready!(Pin::new(&mut *writer).poll_write(cx, body))?
+            } else if body.is_empty() {
+                ready!(Pin::new(&mut *writer).poll_write(cx, head))?
+            } else {
+                ready!(Pin::new(&mut *writer).poll_write_vectored(cx, &[IoSlice::new(head), IoSlice::new(body)]))?
+            };
+            if count == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            on_progress();
+            let of_head = count.min(head.len());
+            head = &head[of_head..];
+            body = &body[count - of_head..];
+        }
+        Poll::Ready(Ok(()))
+    })
+    .await
+}

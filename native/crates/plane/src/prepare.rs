@@ -1,0 +1,253 @@
+//! From a request's head to a plan: where it goes, or which answer it gets. No waiting happens here.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use sandgate_hosts::access::{AGENT_PORT, Wanted};
+use sandgate_hosts::host::{self, HostName, SandboxName};
+
+use crate::admit::{Admission, COOKIE, Credentials};
+use crate::buf::HeadBuf;
+use crate::compose::{self, Peer};
+use crate::failure::{Audience, Code, Failure};
+use crate::http::fields::{Field, Name, members};
+use crate::http::request::{self, Request};
+use crate::http::{Framing, HeadError};
+use crate::metrics::Class;
+use crate::pool::Target;
+use crate::table::{Found, Live, Sandbox, State};
+use crate::worker::Worker;
+
+/// What to do with a request.
+pub enum Plan {
+    /// Pass it on.
+    Forward(Box<Forward>),
+    /// Answer it.
+    Answer(Answer),
+}
+
+/// An answer of our own.
+pub struct Answer {
+    /// Where the request would have gone.
+    pub class: Class,
+    /// What to say.
+    pub kind: AnswerKind,
+    /// To whom.
+    pub audience: Audience,
+    /// How the request's body, which nobody will read, is delimited.
+    pub framing: Framing,
+}
+
+/// What an answer says.
+pub enum AnswerKind {
+    /// That the request failed.
+    Failure(Failure),
+    /// The redirect that trades a token in the address for a cookie: a whole response.
+    Redirect(Vec<u8>),
+}
+
+/// A request to be passed on.
+pub struct Forward {
+    /// Where to.
+    pub target: Target,
+    /// The sandbox's address, none for the API.
+    pub address: Option<SocketAddr>,
+    /// The head for the upstream.
+    pub head: HeadBuf,
+    /// How the body is delimited.
+    pub framing: Framing,
+    /// 1 for a client of HTTP/1.1.
+    pub minor: u8,
+    /// The client will use the connection again.
+    pub is_keep_alive: bool,
+    /// It asks for another protocol.
+    pub is_upgrade: bool,
+    /// Sending it twice does no harm.
+    pub is_replayable: bool,
+    /// For failures further on.
+    pub audience: Audience,
+    /// The sandbox, none for the API.
+    pub sandbox: Option<Arc<Sandbox>>,
+    /// Why it was let in.
+    pub admission: Option<Admission>,
+    /// Its place among the sandbox's requests.
+    pub slot: Option<Slot>,
+}
+
+/// A place among the requests in flight to a sandbox; free again when dropped.
+pub struct Slot(Arc<Live>);
+
+impl Slot {
+    fn take(sandbox: &Sandbox, max: u32) -> Option<Self> {
+        let slot = Self(Arc::clone(&sandbox.live));
+        (slot.0.in_flight.fetch_add(1, Ordering::Relaxed) < max).then_some(slot)
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl From<HeadError> for Failure {
+    fn from(error: HeadError) -> Self {
+        match error {
+            HeadError::Malformed(what) => Self { code: Code::BadRequest, detail: Some(what) },
+            HeadError::TooLarge => Code::HeadTooLarge.into(),
+            HeadError::Version => Code::VersionUnsupported.into(),
+            HeadError::Method => Code::MethodUnsupported.into(),
+        }
+    }
+}
+
+/// Decides what to do with the request whose complete head this is. An error means that nothing more can be read from
+/// its connection.
+pub fn prepare(worker: &Worker, peer: &Peer, head: &[u8], fields: &mut Vec<Field>) -> Result<Plan, Failure> {
+    let request = request::parse(head, fields)?;
+    let name = HostName::parse(&head[request.host.clone()])
+        .map_err(|_| Failure { code: Code::BadRequest, detail: Some("The Host header does not hold a host name.") })?;
+    let draft = Draft { worker, peer, head, fields, request: &request };
+    let (class, outcome) = match host::classify(name.as_str(), &worker.config.domain) {
+        host::Target::Api => (Class::Api, Ok(draft.to_api())),
+        host::Target::Reserved => (Class::Preview, Err(AnswerKind::Failure(Code::PreviewUnknown.into()))),
+        host::Target::Preview { port, sandbox } => (Class::Preview, draft.to_preview(port, sandbox)),
+    };
+    Ok(match outcome {
+        Ok(forward) => Plan::Forward(Box::new(forward)),
+        Err(kind) => Plan::Answer(Answer { class, kind, audience: draft.audience(), framing: request.framing }),
+    })
+}
+
+struct Draft<'a> {
+    worker: &'a Worker,
+    peer: &'a Peer,
+    head: &'a [u8],
+    fields: &'a [Field],
+    request: &'a Request,
+}
+
+impl Draft<'_> {
+    fn method(&self) -> &[u8] {
+        &self.head[self.request.method.clone()]
+    }
+
+    fn target(&self) -> &[u8] {
+        &self.head[self.request.target.clone()]
+    }
+
+    fn value_of(&self, name: Name) -> Option<&[u8]> {
+        self.fields.iter().find(|field| field.name == name).map(|field| field.value(self.head))
+    }
+
+    fn audience(&self) -> Audience {
+        let is_html = |range: &[u8]| range.len() >= 9 && range[..9].eq_ignore_ascii_case(b"text/html");
+        Audience {
+            is_browser: self.value_of(Name::Accept).is_some_and(|accept| members(accept).any(is_html)),
+            is_head: self.method() == b"HEAD",
+            is_keep_alive: self.request.is_keep_alive && self.request.framing == Framing::None,
+        }
+    }
+
+    fn to_api(&self) -> Forward {
+        self.forward(Target::Api, None)
+    }
+
+    fn to_preview(&self, port: u16, name: SandboxName<'_>) -> Result<Forward, AnswerKind> {
+        let failure = |code: Code| AnswerKind::Failure(code.into());
+        if port == AGENT_PORT {
+            return Err(failure(Code::PreviewUnknown));
+        }
+        let sandbox = match self.worker.table.find(name) {
+            Found::Sandbox(sandbox) => sandbox,
+            Found::Gone => return Err(failure(Code::SandboxGone)),
+            Found::Unknown => return Err(failure(Code::PreviewUnknown)),
+        };
+        let (path, query) = compose::split_query(self.target());
+        let credentials = Credentials::gather(self.head, self.fields, query, &self.worker.table);
+        // A path that is no UTF-8 is below no path but the root.
+        let path = std::str::from_utf8(path).unwrap_or("/%00");
+        let wanted = Wanted { port, path, now: self.worker.wall_s() };
+        let admission = Admission::decide(&self.worker.table, &sandbox, wanted, &credentials)
+            .map_err(|verdict| AnswerKind::Failure(verdict.into()))?;
+        if sandbox.state == State::Starting {
+            return Err(failure(Code::SandboxStarting));
+        }
+        if let Some(redirect) = self.redirect(&credentials, &admission) {
+            return Err(AnswerKind::Redirect(redirect));
+        }
+        let slot = Slot::take(&sandbox, self.worker.config.limits.sandbox_connections_max)
+            .ok_or_else(|| failure(Code::TooManyConnections))?;
+        sandbox.touch();
+        let target = Target::Sandbox { incarnation: sandbox.live.incarnation, port };
+        let mut forward = self.forward(target, Some((&credentials, sandbox.address, port)));
+        forward.sandbox = Some(sandbox);
+        forward.admission = Some(admission);
+        forward.slot = Some(slot);
+        Ok(forward)
+    }
+
+    fn forward(&self, target: Target, preview: Option<(&Credentials, IpAddr, u16)>) -> Forward {
+        let mut head = HeadBuf::take();
+        let credentials = preview.map(|(credentials, ..)| credentials);
+        compose::request(&mut head.0, self.head, self.fields, self.request, credentials, self.peer);
+        Forward {
+            target,
+            address: preview.map(|(_, address, port)| SocketAddr::new(address, port)),
+            head,
+            framing: self.request.framing,
+            minor: self.request.minor,
+            is_keep_alive: self.request.is_keep_alive,
+            is_upgrade: self.request.is_upgrade,
+            is_replayable: request::is_idempotent(self.method()) && self.request.framing == Framing::None,
+            audience: self.audience(),
+            sandbox: None,
+            admission: None,
+            slot: None,
+        }
+    }
+
+    /// A browser that opened a link with a token keeps the token in a cookie, and its address bar, history and
+    /// referrers stay clean.
+    fn redirect(&self, credentials: &Credentials, admission: &Admission) -> Option<Vec<u8>> {
+        let is_page = self.method() == b"GET" && self.audience().is_browser && !self.request.is_upgrade;
+        if !is_page || !credentials.is_in_query {
+            return None;
+        }
+        let (expires_at, path) = admission.token_scope()?;
+        let token = self.query_token()?;
+        let mut out = Vec::with_capacity(512);
+        out.extend_from_slice(b"HTTP/1.1 303 See Other\r\nLocation: ");
+        compose::push_target(&mut out, self.target());
+        out.extend_from_slice(b"\r\nSet-Cookie: ");
+        out.extend_from_slice(COOKIE);
+        out.push(b'=');
+        out.extend_from_slice(token);
+        out.extend_from_slice(b"; Path=");
+        out.extend_from_slice(path.as_bytes());
+        if let Some(at) = expires_at {
+            let left_s = (at - self.worker.wall_s()).max(0.0) as u64;
+            out.extend_from_slice(format!("; Max-Age={left_s}").as_bytes());
+        }
+        // A frame on somebody else's page gets its cookie only as SameSite=None, which browsers tie to Secure.
+        let is_framed = self.value_of(Name::SecFetchDest).is_some_and(|dest| dest == b"iframe");
+        let same_site: &[u8] = if is_framed { b"; SameSite=None; Secure; Partitioned" } else { b"; SameSite=Lax" };
+        out.extend_from_slice(b"; HttpOnly");
+        out.extend_from_slice(same_site);
+        out.extend_from_slice(b"\r\nCache-Control: no-store\r\nReferrer-Policy: no-referrer\r\nContent-Length: 0\r\n");
+        if !self.request.is_keep_alive {
+            out.extend_from_slice(b"Connection: close\r\n");
+        }
+        out.extend_from_slice(b"\r\n");
+        Some(out)
+    }
+
+    /// The token of the query, if it can stand in a cookie.
+    fn query_token(&self) -> Option<&[u8]> {
+        let (_, query) = compose::split_query(self.target());
+        let token = crate::admit::parameters(query).find_map(crate::admit::query_token)?;
+        let is_plain = token.iter().all(|&b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
+        is_plain.then_some(token)
+    }
+}

@@ -1,0 +1,155 @@
+//! Moves one body from a reader to a writer, as it comes.
+
+use std::future::Future;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use crate::buf::{HeadBuf, Inbox};
+use crate::http::HeadError;
+use crate::http::body::{Body, Piece};
+use crate::http::fields::{self, Name};
+use crate::metrics::Count;
+use crate::net::write_both;
+use crate::table::Sandbox;
+use crate::watch::{Deadline, Phase};
+use crate::worker::Worker;
+
+/// Why a body could not be passed on whole.
+pub enum PumpError {
+    /// The sender broke off.
+    Read,
+    /// The receiver did.
+    Write,
+    /// The sender's framing is wrong.
+    Malformed(HeadError),
+}
+
+/// One direction of an exchange: its deadlines and counters.
+pub struct Flow<'a> {
+    /// The worker.
+    pub worker: &'a Worker,
+    /// The direction's deadline.
+    pub deadline: &'a Deadline,
+    /// Phase and seconds while waiting for the sender.
+    pub read: (Phase, f64),
+    /// Phase and seconds while waiting for the receiver.
+    pub write: (Phase, f64),
+    /// Bytes passed.
+    pub count: &'a Count,
+    /// Told of traffic.
+    pub sandbox: Option<&'a Sandbox>,
+}
+
+impl Flow<'_> {
+    fn wait(&self, (phase, seconds): (Phase, f64)) {
+        self.deadline.set(phase, self.worker.after(seconds));
+    }
+
+    async fn write<W: AsyncWrite + Unpin>(
+        &self,
+        writer: &mut W,
+        head: &[u8],
+        body: &[u8],
+        on_sent: impl Fn(),
+    ) -> Result<(), PumpError> {
+        self.wait(self.write);
+        self.count.add(body.len() as u64);
+        if let Some(sandbox) = self.sandbox {
+            sandbox.touch();
+        }
+        let on_progress = || {
+            on_sent();
+            self.wait(self.write);
+        };
+        write_both(writer, head, body, on_progress).await.map_err(|_| PumpError::Write)
+    }
+}
+
+/// What of the input can be passed on at once.
+struct Span {
+    len: usize,
+    next: Next,
+}
+
+enum Next {
+    Read,
+    Trailers(usize),
+    Skip(usize),
+    End,
+}
+
+/// Finds the longest run of `input` that can be passed on as it is.
+fn span(body: &mut Body, input: &[u8], is_unchunked: bool) -> Result<Span, HeadError> {
+    let mut len = 0;
+    loop {
+        let next = match body.next(&input[len..])? {
+            Piece::Framing(count) if is_unchunked => Next::Skip(count),
+            Piece::Content(count) | Piece::Framing(count) => {
+                len += count;
+                continue;
+            }
+            Piece::Trailers(count) => Next::Trailers(count),
+            Piece::More => Next::Read,
+            Piece::End => Next::End,
+        };
+        return Ok(Span { len, next });
+    }
+}
+
+/// Sends `head` and then the body that starts in `inbox` and goes on in `reader`. With `is_unchunked` only the
+/// contents of chunks are sent. `on_sent` is called when the receiver took bytes.
+#[allow(clippy::too_many_arguments)] // Both ends, the body and the head it follows; a struct would only rename them.
+pub fn pump<'a, R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
+    flow: &'a Flow<'a>,
+    head: &'a [u8],
+    body: &'a mut Body,
+    inbox: &'a mut Inbox,
+    reader: &'a mut R,
+    writer: &'a mut W,
+    is_unchunked: bool,
+    on_sent: impl Fn() + Copy + 'a,
+) -> impl Future<Output = Result<(), PumpError>> + 'a {
+    async move {
+        let mut head = head;
+        loop {
+            let Span { len, next } = span(body, inbox.data(), is_unchunked).map_err(PumpError::Malformed)?;
+            if len > 0 || !head.is_empty() {
+                flow.write(writer, head, &inbox.data()[..len], on_sent).await?;
+                inbox.consume(len);
+                head = &[];
+            }
+            match next {
+                Next::End => return Ok(()),
+                Next::Skip(count) => inbox.consume(count),
+                Next::Trailers(count) => {
+                    if !is_unchunked {
+                        let trailers = trailers(flow.worker, &inbox.data()[..count]).map_err(PumpError::Malformed)?;
+                        flow.write(writer, &trailers.0, &[], on_sent).await?;
+                    }
+                    inbox.consume(count);
+                }
+                Next::Read => {
+                    flow.wait(flow.read);
+                    match inbox.fill(reader).await {
+                        Ok(0) if body.may_end_by_close() => return Ok(()),
+                        Ok(0) | Err(_) => return Err(PumpError::Read),
+                        Ok(_) => {}
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A trailer section without the fields that a proxy acts on: in a trailer they can only mislead.
+fn trailers(worker: &Worker, section: &[u8]) -> Result<HeadBuf, HeadError> {
+    let mut out = HeadBuf::take();
+    let mut fields = worker.fields.take();
+    let parsed = fields::parse(section, 0, &mut fields);
+    for field in fields.iter().filter(|field| field.name == Name::Other) {
+        out.0.extend_from_slice(field.line(section));
+    }
+    out.0.extend_from_slice(b"\r\n");
+    worker.fields.replace(fields);
+    parsed.map(|()| out)
+}

@@ -1,0 +1,263 @@
+//! One worker: a thread with a runtime, a listener and connections of its own.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::LocalSet;
+
+use crate::access_log::AccessLog;
+use crate::config::{Config, ms};
+use crate::connection;
+use crate::http::fields::Field;
+use crate::metrics::Counters;
+use crate::pool::Pool;
+use crate::table::Table;
+use crate::watch::{SWEEP_MS, Watches};
+
+/// After an accept that failed for want of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Accesses are checked again at least this often, for those that expire.
+const EXPIRY_SWEEP_MS: u64 = 1000;
+
+/// Connection counts that all workers share; touched when connections come and go only.
+#[derive(Default)]
+pub struct Census {
+    total: AtomicUsize,
+    by_client: Mutex<HashMap<IpAddr, usize>>,
+}
+
+/// One connection in the census.
+pub struct Seat {
+    census: Arc<Census>,
+    client: IpAddr,
+}
+
+impl Census {
+    /// Counts a connection in; none if that would exceed a limit.
+    fn enter(self: &Arc<Self>, client: IpAddr, config: &Config) -> Option<Seat> {
+        let seat = Seat { census: Arc::clone(self), client };
+        let total = self.total.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut by_client = self.by_client.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_client = by_client.entry(client).or_default();
+        *of_client += 1;
+        let is_within = total <= config.limits.connections_max && *of_client <= config.limits.client_connections_max;
+        drop(by_client);
+        is_within.then_some(seat)
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.census.total.fetch_sub(1, Ordering::Relaxed);
+        let mut by_client = self.census.by_client.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = by_client.get_mut(&self.client) {
+            *count -= 1;
+            if *count == 0 {
+                by_client.remove(&self.client);
+            }
+        }
+    }
+}
+
+/// What every worker is given.
+#[derive(Clone)]
+pub struct Shared {
+    /// Settings.
+    pub config: Arc<Config>,
+    /// Routes.
+    pub table: Arc<Table>,
+    /// Connection counts.
+    pub census: Arc<Census>,
+    /// Turns true when the process is to stop.
+    pub drain: watch::Receiver<bool>,
+}
+
+/// What the connections of one worker share.
+pub struct Worker {
+    /// Settings.
+    pub config: Arc<Config>,
+    /// Routes.
+    pub table: Arc<Table>,
+    /// Counters.
+    pub counters: Arc<Counters>,
+    /// Idle upstream connections.
+    pub pool: Pool,
+    /// The process is about to stop.
+    pub is_draining: Cell<bool>,
+    /// Scratch for reading heads.
+    pub fields: RefCell<Vec<Field>>,
+    /// Where requests are noted, if anywhere.
+    pub access_log: Option<RefCell<AccessLog>>,
+    watches: Watches,
+    started: Instant,
+    now_ms: Cell<u64>,
+    wall_s: Cell<f64>,
+    ids: RandomState,
+    next_id: Cell<u64>,
+}
+
+impl Worker {
+    /// Milliseconds since the worker started, as of the last sweep.
+    pub fn now_ms(&self) -> u64 {
+        self.now_ms.get()
+    }
+
+    /// Unix seconds, as of the last sweep.
+    pub fn wall_s(&self) -> f64 {
+        self.wall_s.get()
+    }
+
+    /// The moment `seconds` from now, for deadlines.
+    pub fn after(&self, seconds: f64) -> u64 {
+        // The clock may be up to one sweep behind.
+        self.now_ms.get() + SWEEP_MS + ms(seconds)
+    }
+
+    /// A fresh request id. Random enough not to be guessed; unique within the process.
+    pub fn request_id(&self) -> String {
+        let count = self.next_id.get();
+        self.next_id.set(count + 1);
+        format!("req_{:016x}{:08x}", self.ids.hash_one(count), count as u32)
+    }
+
+    fn tick(&self) {
+        self.now_ms.set(self.started.elapsed().as_millis() as u64);
+        self.wall_s.set(wall_clock_s());
+    }
+}
+
+/// Unix seconds.
+pub fn wall_clock_s() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+/// Runs a worker until the drain is over. The thread calling it does nothing else.
+pub fn run(
+    shared: Shared,
+    counters: Arc<Counters>,
+    listeners: Vec<std::net::TcpListener>,
+    access_log: Option<AccessLog>,
+) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .event_interval(61)
+        .build()
+        .unwrap_or_else(|error| crate::log::fatal("cannot start a worker", &error));
+    let drain = shared.drain.clone();
+    let census = Arc::clone(&shared.census);
+    let worker = Rc::new(Worker {
+        config: shared.config,
+        table: shared.table,
+        counters,
+        pool: Pool::default(),
+        is_draining: Cell::new(false),
+        fields: RefCell::default(),
+        access_log: access_log.map(RefCell::new),
+        watches: Watches::default(),
+        started: Instant::now(),
+        now_ms: Cell::new(0),
+        wall_s: Cell::new(wall_clock_s()),
+        ids: RandomState::new(),
+        next_id: Cell::new(0),
+    });
+    let local = LocalSet::new();
+    for listener in listeners {
+        local.spawn_local(accept(Rc::clone(&worker), Arc::clone(&census), listener, drain.clone()));
+    }
+    local.spawn_local(sweep(Rc::clone(&worker), drain.clone()));
+    runtime.block_on(local.run_until(finish(worker, drain)));
+}
+
+/// Waits for the drain and then for the last connection, bounded by the drain's time-out.
+async fn finish(worker: Rc<Worker>, mut drain: watch::Receiver<bool>) {
+    // An error means that the sender is gone: the process is ending without ceremony.
+    let _ = drain.wait_for(|is_draining| *is_draining).await;
+    worker.is_draining.set(true);
+    let deadline = Instant::now() + crate::config::duration(worker.config.limits.drain_timeout_s);
+    while worker.counters.has_connections() && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    if let Some(log) = &worker.access_log {
+        log.borrow_mut().flush();
+    }
+}
+
+async fn accept(
+    worker: Rc<Worker>,
+    census: Arc<Census>,
+    listener: std::net::TcpListener,
+    mut drain: watch::Receiver<bool>,
+) {
+    let listener = match TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => crate::log::fatal("cannot use a listener", &error),
+    };
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            // Closes the listener: the kernel sends no more connections here.
+            _ = drain.wait_for(|is_draining| *is_draining) => return,
+        };
+        match accepted {
+            Ok((stream, peer)) => start(&worker, &census, stream, peer),
+            // The connection broke before it was accepted.
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
+            Err(error) => {
+                crate::log::warning("accept failed", &error);
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+fn start(worker: &Rc<Worker>, census: &Arc<Census>, stream: TcpStream, peer: SocketAddr) {
+    let client = peer.ip().to_canonical();
+    let seat = census.enter(client, &worker.config);
+    worker.counters.accepted.add(1);
+    worker.counters.connections.add(1);
+    let worker = Rc::clone(worker);
+    let watch = worker.watches.add();
+    tokio::task::spawn_local(async move {
+        match &seat {
+            Some(_) => connection::serve(&worker, &watch, stream, client).await,
+            None => connection::turn_away(&worker, stream).await,
+        }
+        worker.counters.connections.sub(1);
+        drop(seat);
+    });
+}
+
+/// Keeps the clock and looks at every connection, [`SWEEP_MS`] apart.
+async fn sweep(worker: Rc<Worker>, drain: watch::Receiver<bool>) {
+    let mut interval = tokio::time::interval(Duration::from_millis(SWEEP_MS));
+    let mut generation = worker.table.generation();
+    let mut expiries_due_ms = 0;
+    loop {
+        interval.tick().await;
+        worker.tick();
+        let now_ms = worker.now_ms();
+        let is_draining = *drain.borrow();
+        let is_due = generation != worker.table.generation() || now_ms >= expiries_due_ms;
+        if is_due {
+            generation = worker.table.generation();
+            expiries_due_ms = now_ms + EXPIRY_SWEEP_MS;
+        }
+        let wall_s = worker.wall_s();
+        worker.watches.sweep(|watch| {
+            watch.sweep(now_ms, is_draining, |admission| !is_due || admission.holds(&worker.table, wall_s));
+        });
+        worker.pool.sweep(now_ms.saturating_sub(ms(worker.config.limits.upstream_idle_timeout_s)));
+        if let Some(log) = &worker.access_log {
+            log.borrow_mut().flush();
+        }
+    }
+}
