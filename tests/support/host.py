@@ -69,20 +69,23 @@ class HostProcess:
 
     async def start(self) -> None:
         """Start it and wait until it serves."""
+        self.process = process = await asyncio.to_thread(self._spawn)
+        assert process.stdout is not None
+        async with asyncio.timeout(_READY_TIMEOUT_S):
+            line = await asyncio.to_thread(process.stdout.readline)
+        if line.strip() != b"ready":
+            raise RuntimeError(f"hostd did not start:\n{self.log_path.read_text()[-4000:]}")
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
         self.home.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, "-m", "tests.support.hostd", json.dumps(self._settings)],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
             )
-        assert self.process.stdout is not None
-        async with asyncio.timeout(_READY_TIMEOUT_S):
-            line = await asyncio.to_thread(self.process.stdout.readline)
-        if line.strip() != b"ready":
-            raise RuntimeError(f"hostd did not start:\n{self.log_path.read_text()[-4000:]}")
 
     def kill(self) -> None:
         """Kill it as a crash would; its machines go on."""

@@ -77,7 +77,10 @@ class Driver(Protocol):
         ...
 
     async def open(self) -> None:
-        """Get the host ready; then come `adopt` for each known machine, `sweep` once, and everything else. Raises MachineError(`driver_failed`) with the fix in its message when it cannot be."""
+        """Get the host ready; `adopt` for each known machine comes next, then `sweep`, then everything else.
+
+        Raises MachineError(`driver_failed`) with the fix in its message when the host cannot run machines.
+        """
         ...
 
     async def close(self) -> None:

@@ -1,8 +1,8 @@
 """One connection of a client of hostd, and the splice between its streams and a machine's line.
 
-A slow reader at a client's far end holds up only its own stream: it grants no credit. Should a whole client stop taking
-bytes, the lines it reads from are not read until it does; after `_STALL_TIMEOUT_S` it is cut off, so that it cannot hold
-up other clients of the same machines for longer.
+A slow reader at a client's far end holds up only its own stream: it grants no credit. Should a whole client stop
+taking bytes, the lines it reads from are not read until it does; after `_STALL_TIMEOUT_S` it is cut off, so that it
+cannot hold up other clients of the same machines for longer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vmm.link import VERSION
 from vmm.types import MachineInfo
 from vmm.wire import FrameProtocol
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _STALL_TIMEOUT_S = 20.0
 
@@ -95,7 +95,9 @@ class Client:
             machine_id = op.get("to")
             if machine_id is not None:
                 machine = self.host.machines.find_running(str(machine_id))
-                _Splice(self, self._streams, stream_id, machine, op, payload)
+                splice = _Splice(self, stream_id, machine, op)
+                splice.open(payload)
+                self._streams[stream_id] = splice
             elif op.get("op") == "machine.events":
                 self._streams[stream_id] = _Events(self, stream_id)
             else:
@@ -125,7 +127,7 @@ class Client:
             self._stall = None
 
     def _cut(self) -> None:
-        _log.warning("cut a client that took nothing for %.0f s", _STALL_TIMEOUT_S)
+        logger.warning("cut a client that took nothing for %.0f s", _STALL_TIMEOUT_S)
         self.wire.abort(LinkError("link_lost", "the client does not read"))
 
 
@@ -154,7 +156,7 @@ class _Call:
         except VmmError as error:
             self._client.send_error(self._id, error)
         except Exception:
-            _log.exception("operation %s failed", op.get("op"))
+            logger.exception("operation %s failed", op.get("op"))
             self._client.send_error(self._id, MachineError("internal", "the host service failed"))
         finally:
             self._client.forget(self._id)
@@ -184,32 +186,22 @@ class _Events:
 class _Splice:
     """A client's stream joined to one of a machine's line. Frames pass both ways as they are."""
 
-    def __init__(
-        self,
-        client: Client,
-        streams: dict[int, _Open],
-        stream_id: int,
-        machine: Machine,
-        op: Mapping[str, Any],
-        payload: bytes,
-    ) -> None:
+    def __init__(self, client: Client, stream_id: int, machine: Machine, op: Mapping[str, Any]) -> None:
         self._client = client
-        self._streams = streams
         self._id = stream_id
         self._machine = machine
         self._is_active = not op.get("passive", False)
         # A command that runs in the foreground may be silent for long and is still being waited for.
         self._keeps_busy = self._is_active and op.get("op") == "exec" and not (op.get("pty") or op.get("background"))
-        streams[stream_id] = self
-        try:
-            self._line: LineStream = machine.line.open(self, payload)
-        except VmmError:
-            del streams[stream_id]
-            raise
-        machine.busy += self._keeps_busy
+        self._line: LineStream
+
+    def open(self, payload: bytes) -> None:
+        """Pass the OPEN on. Raises MachineError when the machine has ended."""
+        self._line = self._machine.line.open(self, payload)
+        self._machine.busy += self._keeps_busy
         if self._is_active:
-            machine.touch()
-        if not client.wire.is_writable:
+            self._machine.touch()
+        if not self._client.wire.is_writable:
             self.set_stalled(True)
 
     def send(self, frame: Frame) -> None:

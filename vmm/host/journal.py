@@ -20,7 +20,7 @@ import orjson
 from vmm.drivers.base import Placement
 from vmm.types import MachineInfo, MachineSpec, MachineState, StopCause
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -79,7 +79,7 @@ class Journal:
             try:
                 records.append(msgspec.convert(orjson.loads(path.read_bytes()), Record))
             except (OSError, orjson.JSONDecodeError, msgspec.ValidationError) as error:
-                _log.warning("dropping the unreadable record %s: %s", path.name, error)
+                logger.warning("dropping the unreadable record %s: %s", path.name, error)
                 path.unlink(missing_ok=True)
         return records
 

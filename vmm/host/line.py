@@ -1,8 +1,8 @@
 """hostd's connection to one machine's agent: kept up, shared by all streams to that machine.
 
-A stream of a client is spliced onto a stream of this connection by a `Route`: frames pass as they are, under another
-stream id. Credits pass end to end, so what can be under way is bounded by what the client's readers have granted. The
-agent runs among the guest's processes and is not trusted to keep to that: a line that sends more than was granted is cut.
+A client's stream is spliced onto a stream of this connection: frames pass as they are, under another stream id.
+Credits pass end to end, so what can be under way is bounded by what the client's readers have granted. The agent runs
+among the guest's processes and is not trusted to keep to that: a line that sends more than was granted is cut.
 
 States of a line:
 
@@ -26,7 +26,7 @@ from vmm.link import VERSION
 from vmm.stream import CREDIT_BYTES
 from vmm.wire import FrameProtocol
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Dial = Callable[[Callable[[], asyncio.Protocol]], Awaitable[object]]
 

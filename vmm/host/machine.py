@@ -22,7 +22,7 @@ from vmm.host.line import AgentLine
 from vmm.host.names import write_names
 from vmm.types import MachineInfo, MachineState, StopCause
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _DESTROY_ATTEMPTS = 3
 _DESTROY_RETRY_S = 1.0
@@ -90,7 +90,7 @@ class Machine:
             self.error = error
             end = Exit(StopCause.BOOT_FAILED, _explain(error))
         except Exception:
-            _log.exception("machine %s: its task failed", self.id)
+            logger.exception("machine %s: its task failed", self.id)
             self.error = MachineError("internal", "hostd failed to run the machine")
             end = Exit(StopCause.BOOT_FAILED, "internal error")
         await self._end(end)
@@ -210,7 +210,7 @@ class Machine:
                 await self._driver.destroy(self.id)
             except MachineError as error:
                 left = _explain(error)
-                _log.error("machine %s cannot be freed (attempt %d): %s", self.id, attempt + 1, left)
+                logger.warning("machine %s cannot be freed (attempt %d): %s", self.id, attempt + 1, left)
                 await asyncio.sleep(_DESTROY_RETRY_S)
             else:
                 left = None
@@ -227,7 +227,7 @@ class Machine:
 
     def _tell(self) -> None:
         record = self.record
-        _log.info("machine %s is %s%s", self.id, record.state, f" ({record.cause})" if record.cause else "")
+        logger.info("machine %s is %s%s", self.id, record.state, f" ({record.cause})" if record.cause else "")
         self._on_change(record.info())
 
 

@@ -17,7 +17,7 @@ from vmm.host.journal import Journal, Record
 from vmm.host.machine import Machine
 from vmm.types import MachineInfo, MachineSpec, MachineState, MachineStats, StopCause
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _ID_LENGTH = 36
 _HOSTNAME_MAX = 63
@@ -49,7 +49,7 @@ class Machines:
             await self._recover(record)
         running = {machine.id for machine in self._machines.values() if not machine.record.is_over}
         for machine_id in await self.driver.sweep(running):
-            _log.warning("ended machine %s, which no record owned", machine_id)
+            logger.warning("ended machine %s, which no record owned", machine_id)
         self._tidier = asyncio.create_task(self._tidy(), name="tidier")
 
     async def _recover(self, record: Record) -> None:
@@ -61,7 +61,7 @@ class Machines:
         machine = self._new_machine(record)
         if record.state is MachineState.RUNNING and record.placement is not None:
             if await self.driver.adopt(machine_id, record.placement):
-                _log.info("adopted machine %s", machine_id)
+                logger.info("adopted machine %s", machine_id)
                 # Activity since the record was written is unknown; count it as active now rather than end it early.
                 record.last_active_at = time.time()
                 machine.settled.set()
@@ -89,7 +89,7 @@ class Machines:
             for end in late:
                 end.cancel()
             if late:
-                _log.error("%d machines did not end in time; the next start ends them", len(late))
+                logger.error("%d machines did not end in time; the next start ends them", len(late))
         await self.driver.close()
 
     async def create(self, spec: MachineSpec) -> MachineInfo:

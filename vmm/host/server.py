@@ -21,7 +21,7 @@ from vmm.host.config import HostConfig
 from vmm.host.machines import Machines
 from vmm.host.operations import Host
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 async def serve(config: HostConfig, driver: Driver, *, ready: Callable[[], None]) -> None:

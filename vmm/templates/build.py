@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -99,8 +100,6 @@ def _bootstrap(recipe: Recipe, sources: list[str], target: Path, progress: Progr
 
 @contextlib.contextmanager
 def _killed_after(process: subprocess.Popen[str], timeout_s: float) -> Iterator[None]:
-    import threading
-
     def kill() -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -4,8 +4,8 @@
     <cache>/templates/<recipe digest>/template.json    written last; a directory without it is not a template
     <cache>/templates/<recipe digest>.lock             held while it is built
 
-A root file system is never changed after it is published, except that an agent is added under a name made of its digest:
-instances with different agents do not disturb each other.
+A root file system is never changed after it is published, except that an agent is added under a name made of its
+digest: instances with different agents do not disturb each other.
 """
 
 from __future__ import annotations
@@ -163,20 +163,16 @@ class TemplateStore:
 
 
 def _install(agent: bytes, place: Path) -> None:
-    """Put the agent into a root file system, unless it is there; machines that start meanwhile see all of it or none."""
+    """Put the agent into a root file system, unless it is there; a machine sees all of it or nothing."""
     if place.exists():
         return
     place.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, draft = tempfile.mkstemp(dir=place.parent)
+    descriptor, name = tempfile.mkstemp(dir=place.parent)
     with os.fdopen(descriptor, "wb") as file:
         file.write(agent)
-    os.chmod(draft, 0o755)
-    os.rename(draft, place)
+        os.fchmod(descriptor, 0o755)
+    Path(name).rename(place)
 
 
 def _size_bytes(root: Path) -> int:
-    total = 0
-    for directory, _, names in os.walk(root):
-        for name in names:
-            total += os.lstat(os.path.join(directory, name)).st_blocks * 512
-    return total
+    return sum(path.lstat().st_blocks * 512 for path in root.rglob("*"))

@@ -1,6 +1,6 @@
 """The OCI configuration of a machine.
 
-The template's root file system is shared by all machines and only ever read; gVisor lays the machine's own disk over it.
+The template's root file system is shared by all machines and only read; gVisor lays the machine's own disk over it.
 Nothing of the host is mounted into a machine. Its names (`/etc/hosts`, `/etc/hostname`, `/etc/machine-id`,
 `/etc/resolv.conf`) are written through its agent once that answers, not mounted: so they lie in the writable layer,
 travel in snapshots, and a restored copy gets its own by the same call.

@@ -54,7 +54,7 @@ def make_disk(directory: Path, size_bytes: int) -> Disk:
         _format(image)
         device, path = syscalls.attach_loop(image)
         try:
-            return Disk(syscalls.mount_detached("ext4", path))
+            return Disk(syscalls.mount_detached("ext4", path, "discard"))
         finally:
             os.close(device)
     finally:

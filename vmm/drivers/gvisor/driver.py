@@ -1,8 +1,8 @@
 """The driver for hosts without KVM: each machine is a gVisor sandbox.
 
-A start is: link and disk from the supplies, `runsc create` (about 100 ms of CPU), two calls on its control socket. An end
-is: kill everything in the machine's control group, reap, remove the group and runsc's state. Link and disk go with the
-sandbox's last process; nothing of them has a name that could be left behind.
+A start is: link and disk from the supplies, `runsc create` (about 100 ms of CPU), two calls on its control socket. An
+end is: kill everything in the machine's control group, reap, remove the group and runsc's state. Link and disk go with
+the sandbox's last process; nothing of them has a name that could be left behind.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vmm.errors import MachineError
 from vmm.templates.store import Template, TemplateStore
 from vmm.types import MachineSpec, MachineStats, StopCause, TemplateInfo
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _BLOCK_LOCKS = Path("/run/sandgate/blocks")
 #: How long the processes of a killed machine may take to disappear. Freeing gigabytes takes part of a second.

@@ -1,7 +1,7 @@
 """What guests may reach: one static nftables table per instance.
 
-The rules name interfaces by prefix and addresses by block, so starting or ending a machine changes no rule. Default:
-the internet is reachable through masquerading, nothing private is, and nobody but the host opens a connection to a guest.
+The rules name interfaces by prefix and addresses by block, so starting or ending a machine changes no rule. The
+internet is reachable through masquerading, nothing private is, and only the host opens connections to a guest.
 """
 
 from __future__ import annotations

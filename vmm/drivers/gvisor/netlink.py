@@ -9,6 +9,7 @@ import os
 import socket
 import struct
 from types import TracebackType
+from typing import Self
 
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR = 16, 17, 20
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_EXCL, _NLM_F_CREATE = 1, 4, 0x200, 0x400
@@ -42,7 +43,7 @@ class Netlink:
         self._socket.settimeout(5)
         self._sequence = 0
 
-    def __enter__(self) -> Netlink:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

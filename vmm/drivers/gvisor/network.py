@@ -98,7 +98,7 @@ class Block:
 
 
 def interface_prefix(instance: str) -> str:
-    """What the names of an instance's interfaces start with; with an index they stay below the kernel's 15 characters."""
+    """What the names of an instance's interfaces start with; with an index they stay within 15 characters."""
     return f"sg{instance[:6]}-"
 
 
@@ -164,7 +164,7 @@ def interfaces(prefix: str) -> list[str]:
 
 
 def uplink_mtu() -> int:
-    """MTU of the link with the default route, at most Ethernet's; guests get the same, so that nothing needs splitting."""
+    """MTU of the link with the default route, at most Ethernet's. With the same, guests' packets need no splitting."""
     for line in Path("/proc/net/route").read_text().splitlines()[1:]:
         link, destination = line.split()[:2]
         if destination == "00000000":

@@ -10,11 +10,11 @@ Quirks of release 20240729 that this module or its users work around:
   namespace"), because it looks for /proc/sys/net/core/rmem_default. The check belongs to the command: the call that it
   would make, `Network.CreateLinksAndRoutes`, works, and needs no address in the namespace either.
 - `PortForward` crashes the sandbox when an answer exceeds one buffer: never called.
-- `runsc delete` waits up to two seconds for processes that nobody reaps: the driver kills, reaps and removes by itself.
-- Ids are looked up by prefix, and the control socket's path holds the id and at most 107 bytes: each machine gets its own
-  state directory, named after it, and within it the same short id.
-- The sandbox inherits the standard streams of `create`. A guest could fill a file or block on a pipe: they are /dev/null,
-  and what `create` has to say comes from its log.
+- `runsc delete` waits up to two seconds for processes that nobody reaps: the driver kills, reaps and removes itself.
+- Ids are looked up by prefix, and the control socket's path holds the id and at most 107 bytes: each machine has a
+  state directory of its own, named after it, and within it the same short id.
+- The sandbox inherits the standard streams of `create`. A guest could fill a file or block on a pipe, so they are
+  /dev/null, and what `create` has to say comes from its log.
 - A pids limit that gVisor's own threads reach, and running out of memory, end the whole sandbox.
 """
 

@@ -15,7 +15,7 @@ from vmm.drivers.gvisor.disk import Disk, make_disk
 from vmm.drivers.gvisor.network import Block, Slot
 from vmm.errors import MachineError
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _MIB = 1024 * 1024
 _RETRY_S = 1.0
@@ -81,7 +81,7 @@ class Supplies:
                 try:
                     self._ready.append(await self._make(self._disk_mib))
                 except MachineError as error:
-                    _log.warning("no link or disk in advance: %s (%s)", error, error.detail)
+                    logger.warning("no link or disk in advance: %s (%s)", error, error.detail)
                     await asyncio.sleep(_RETRY_S)
                     if error.code == "no_capacity":
                         break

@@ -16,13 +16,13 @@ _PR_SET_CHILD_SUBREAPER = 36
 # fsopen and its kin have the same numbers on every architecture.
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _FSOPEN_CLOEXEC = 1
-_FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _FSMOUNT_CLOEXEC = 1
 _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOEXEC = 2, 4, 8
 
 _LOOP_CONFIGURE, _LOOP_CTL_GET_FREE, _LOOP_CLR_FD = 0x4C0A, 0x4C82, 0x4C01
 _LO_FLAGS_AUTOCLEAR, _LO_FLAGS_DIRECT_IO = 4, 16
-#: struct loop_config: fd, block_size, then loop_info64 (five u64, four u32, two names, a key, two u64), eight u64 spare.
+#: struct loop_config: fd, block_size, loop_info64 (five u64, four u32, two names, a key, two u64), eight u64 spare.
 _LOOP_CONFIG = struct.Struct("<II QQQQQ IIII 64s64s32s QQ 64s")
 
 
@@ -51,8 +51,8 @@ def become_subreaper() -> None:
 def attach_loop(image: int) -> tuple[int, str]:
     """Make a block device of an open file; returns its descriptor and path.
 
-    The device frees itself when its last user, the returned descriptor or a mount, is gone. Direct I/O keeps the image's
-    blocks from being cached twice; file systems without it are used without.
+    The device frees itself when its last user, the returned descriptor or a mount, is gone. Direct I/O keeps the
+    image's blocks from being cached twice; file systems without it are used without.
     """
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -78,7 +78,7 @@ def attach_loop(image: int) -> tuple[int, str]:
         os.close(control)
 
 
-def mount_detached(kind: str, source: str) -> int:
+def mount_detached(kind: str, source: str, *flags: str) -> int:
     """Mount a block device without putting it into the file tree; returns a descriptor of its root.
 
     The mount lives as long as something has a file of it open, so a crash leaves none behind.
@@ -86,6 +86,8 @@ def mount_detached(kind: str, source: str) -> int:
     context = _check(_libc.syscall(_SYS_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC))
     try:
         _check(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_SET_STRING, b"source", source.encode(), 0))
+        for flag in flags:
+            _check(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_SET_FLAG, flag.encode(), None, 0))
         _check(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0))
         attributes = _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOEXEC
         return _check(_libc.syscall(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes))
