@@ -59,6 +59,7 @@ bench: build ## Measure a running stack (loadtests/baseline)
 docs: build ## Renew the documents that are printed from tables in the code
 	@python -m gateway.settings >docs/settings.md
 	@python -m gateway.observability.metrics >docs/metrics.md
+	@python -m gateway.dialects.miosa.reference >docs/api.md
 
 lock: ## Renew requirements/*.lock
 	@scripts/lock

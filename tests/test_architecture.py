@@ -21,11 +21,13 @@ ALLOWED = {
     "loadtests": set(),
 }
 
-#: Modules that name concrete parts; everyone else is handed them.
-COMPOSITION = {"gateway/app.py", "gateway/supervisor.py", "gateway/cli.py", "gateway/__main__.py"}
+#: The module that names concrete parts; everyone else is handed them.
+COMPOSITION = "gateway/app.py"
 CONCRETE = ("vmm.drivers.gvisor", "vmm.drivers.fake", "gateway.dialects.miosa")
 
-SERVER_STARTERS = {"gateway/__main__.py"}
+#: The module that starts servers, and what one imports for it.
+STARTER = "gateway/__main__.py"
+SERVERS = ("granian", "gateway.supervisor", "vmm.host.server")
 
 
 def sources(package: str) -> list[Path]:
@@ -73,29 +75,30 @@ def test_a_wrong_import_is_noticed() -> None:
     assert violations("vmm", path, "from ..errors import VmmError\nfrom native import frames") == []
 
 
-def test_only_the_composition_names_implementations() -> None:
-    found = {
-        f"{path.relative_to(ROOT)}: {module}"
-        for path in sources("gateway")
-        if str(path.relative_to(ROOT)) not in COMPOSITION
+def importers(package: str, prefixes: tuple[str, ...]) -> set[str]:
+    """The files of a package that import a module below one of the prefixes."""
+    return {
+        str(path.relative_to(ROOT))
+        for path in sources(package)
         for module in imported_modules(path, path.read_text())
-        if module.startswith(CONCRETE) and not str(path.relative_to(ROOT)).startswith("gateway/dialects/")
+        if module.startswith(prefixes)
     }
 
-    assert found == set()
+
+def test_only_the_composition_names_implementations() -> None:
+    named_in = {name for name in importers("gateway", CONCRETE) if not name.startswith("gateway/dialects/")}
+
+    assert named_in == {COMPOSITION}
+
+
+def test_only_the_main_module_starts_servers() -> None:
+    assert importers("gateway", SERVERS) == {STARTER}
 
 
 def test_dialects_do_not_reach_around_the_engine() -> None:
     """A dialect decodes into a command and encodes the answer; stores, hosts and planes are the engine's."""
     forbidden = ("gateway.store", "vmm", "native", "sqlalchemy", "lmdb", "previews.plane")
-    found = {
-        f"{path.relative_to(ROOT)}: {module}"
-        for path in sources("gateway/dialects")
-        for module in imported_modules(path, path.read_text())
-        if module.startswith(forbidden)
-    }
-
-    assert found == set()
+    assert importers("gateway/dialects", forbidden) == set()
 
 
 def test_every_package_has_types_and_a_docstring() -> None:

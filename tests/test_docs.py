@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway import settings
+from gateway.dialects.miosa import reference
 from gateway.errors import CODES
 from gateway.observability import metrics
 
@@ -81,7 +82,12 @@ def test_every_error_code_is_documented() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "printed"), [("docs/settings.md", settings.as_markdown), ("docs/metrics.md", metrics.as_markdown)]
+    ("name", "printed"),
+    [
+        ("docs/settings.md", settings.as_markdown),
+        ("docs/metrics.md", metrics.as_markdown),
+        ("docs/api.md", reference.as_markdown),
+    ],
 )
 def test_printed_documents_are_current(name: str, printed: Callable[[], str]) -> None:
     assert (ROOT / name).read_text() == printed(), "run `make docs`"
