@@ -1,8 +1,8 @@
 """The event log: who appends to it, and how followers learn that it has grown.
 
-An event is written in the transaction of the change it tells about, so neither exists without the other. `EventLog`
-wakes the followers of its own process and pokes the other processes through the plane; since a poke may be lost, every
-follower also looks by itself once a second. A follower reads from SQL at its own pace: a slow one holds up nobody.
+An event is written in the transaction of the change it tells about, so neither exists without the other. Whoever
+appends wakes the followers of its own process and pokes the other processes through the plane; since a poke may be
+lost, every follower also looks by itself once a second. A follower reads at its own pace: a slow one holds up nobody.
 """
 
 from __future__ import annotations
@@ -43,20 +43,11 @@ def sandbox_event(
 
 
 class EventLog:
-    """Follows the log for this process.
+    """The log as followers of this process see it."""
 
-    poke: tells the other processes that the log has grown; must not block.
-    """
-
-    def __init__(self, database: Database, poke: Callable[[], None]) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._poke = poke
         self._grown = asyncio.Event()
-
-    def announce(self) -> None:
-        """Call after a transaction that appended: wakes followers here and elsewhere."""
-        self.wake()
-        self._poke()
 
     def wake(self) -> None:
         """Wake the followers of this process."""

@@ -57,7 +57,7 @@ class KeyService:
             return key
 
         created = await context.database.write(job)
-        context.events.announce()
+        context.announce()
         await context.routes.push_key(created.id)
         return created
 
@@ -74,17 +74,16 @@ class KeyService:
         context = self._context
         now = context.clock()
 
-        def job(connection: sa.Connection) -> rows.KeyRoute | None:
-            route = rows.revoke(connection, principal.workspace_id, command.key_id, at=now)
-            if route is not None:
+        def job(connection: sa.Connection) -> bool:
+            is_revoked = rows.revoke(connection, principal.workspace_id, command.key_id, at=now)
+            if is_revoked:
                 _key_event(connection, "revoked", principal, command.key_id, now)
-            return route
+            return is_revoked
 
-        route = await context.database.write(job)
-        if route is None:
+        if not await context.database.write(job):
             raise GatewayError("not_found", "No key with that id.")
-        context.events.announce()
-        await context.routes.drop_key(route)
+        context.announce()
+        await context.routes.push_key(command.key_id)
 
 
 def _check_scopes(principal: Principal, scopes: Sequence[str]) -> None:

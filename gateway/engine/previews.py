@@ -18,7 +18,6 @@ from gateway.commands import (
     RevokeShare,
 )
 from gateway.engine.context import Context, not_running, owned_row
-from gateway.engine.secrets import PREFIX_LENGTH, digest, make_secret
 from gateway.engine.urls import preview_url
 from gateway.errors import GatewayError, invalid
 from gateway.events import sandbox_event
@@ -27,15 +26,12 @@ from gateway.settings import Settings
 from gateway.store import previews as rows
 from gateway.store import sandboxes as sandbox_rows
 from gateway.store.previews import PreviewRow, ShareRow
+from previews.hosts import AGENT_PORT
+from previews.tokens import QUERY_PARAMETERS, make_token
 
 T = TypeVar("T")
 
-#: The agent's own port answers nobody but the host.
-_AGENT_PORT = 10_700
 _TTL_MAX_S = 30 * 86_400.0
-SHARE_PREFIX = "miosa_pv_"
-#: Query parameter in which the plane looks for a share's token.
-SHARE_PARAMETER = "preview_token"
 
 
 class PreviewService:
@@ -49,8 +45,8 @@ class PreviewService:
 
         Raises GatewayError: sandbox_not_found, sandbox_not_running, validation_failed.
         """
-        if not 1 <= command.port <= 65_535 or command.port == _AGENT_PORT:
-            raise invalid("port", f"must be between 1 and 65535, and not {_AGENT_PORT}")
+        if not 1 <= command.port <= 65_535 or command.port == AGENT_PORT:
+            raise invalid("port", f"must be between 1 and 65535, and not {AGENT_PORT}")
         now = self._context.clock()
 
         def job(connection: sa.Connection, sandbox: Sandbox) -> tuple[Sandbox, PreviewRow]:
@@ -65,7 +61,7 @@ class PreviewService:
     async def list(self, principal: Principal, command: ListPreviews) -> tuple[Preview, ...]:
         """A sandbox's open ports, in order of port. Raises sandbox_not_found."""
         sandbox = await self._context.sandbox(principal, command.sandbox_id)
-        found = await self._context.database.lookup(lambda connection: rows.of_sandboxes(connection, [sandbox.id]))
+        found = await self._context.database.lookup(lambda connection: rows.find(connection, sandbox.id))
         return tuple(_preview(row, sandbox, self._context.settings) for row in found)
 
     async def get(self, principal: Principal, command: GetPreview) -> Preview:
@@ -92,7 +88,7 @@ class PreviewService:
             raise invalid("ttl_seconds", f"must be between 1 and {_TTL_MAX_S:g}")
         if not command.path.startswith("/"):
             raise invalid("path", "must start with /")
-        token = make_secret(SHARE_PREFIX)
+        token = make_token("browser" if command.preview_id is None else "share")
         now = self._context.clock()
 
         def job(connection: sa.Connection, sandbox: Sandbox) -> tuple[Sandbox, ShareRow]:
@@ -106,8 +102,8 @@ class PreviewService:
                 port=port,
                 path=command.path,
                 scope=command.scope,
-                hash=digest(token),
-                prefix=token[:PREFIX_LENGTH],
+                hash=token.hash,
+                prefix=token.prefix,
                 created_at=now,
                 expires_at=now + command.ttl_s,
             )
@@ -115,14 +111,14 @@ class PreviewService:
             return sandbox, row
 
         sandbox, row = await self._change(principal, command.sandbox_id, job)
-        return _share(row, sandbox, self._context.settings, token)
+        return _share(row, sandbox, self._context.settings, token.secret)
 
     async def list_shares(self, principal: Principal, command: ListShares) -> tuple[Share, ...]:
         """The links that still open something, oldest first. Raises sandbox_not_found."""
         sandbox = await self._context.sandbox(principal, command.sandbox_id)
         now = self._context.clock()
         found = await self._context.database.lookup(
-            lambda connection: rows.shares_of(connection, [sandbox.id], now=now)
+            lambda connection: rows.find_shares(connection, sandbox.id, now=now)
         )
         return tuple(_share(row, sandbox, self._context.settings) for row in found)
 
@@ -150,7 +146,7 @@ class PreviewService:
             return result
 
         result = await self._context.database.write(whole)
-        self._context.events.announce()
+        self._context.announce()
         await self._context.routes.push(sandbox_id)
         return result
 
@@ -181,7 +177,7 @@ def _share(row: ShareRow, sandbox: Sandbox, settings: Settings, token: str | Non
     url = None
     if token is not None and row.port is not None:
         path = quote(row.path, safe="/%-._~!$&'()*+,;=:@")
-        url = f"{preview_url(settings, sandbox.slug, row.port)}{path}?{SHARE_PARAMETER}={token}"
+        url = f"{preview_url(settings, sandbox.slug, row.port)}{path}?{QUERY_PARAMETERS['share']}={token}"
     return Share(
         id=row.id,
         sandbox_id=row.sandbox_id,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -34,6 +33,13 @@ _BY_HASH = sa.select(
     api_keys.c.expires_at,
     api_keys.c.external_user_id,
 ).where(api_keys.c.hash == sa.bindparam("hash"), api_keys.c.revoked_at.is_(None))
+_STATE = (
+    api_keys.c.hash,
+    api_keys.c.workspace_id,
+    api_keys.c.expires_at,
+    api_keys.c.version,
+    api_keys.c.revoked_at.is_not(None),
+)
 _ALIVE = (api_keys.c.revoked_at.is_(None),)
 
 
@@ -50,13 +56,14 @@ class ApiKeyRow:
 
 
 @dataclass(frozen=True, slots=True)
-class KeyRoute:
+class KeyState:
     """What the plane needs to know of a key."""
 
     hash: str
     workspace_id: str
     expires_at: float | None
     version: int
+    is_revoked: bool
 
 
 def get_by_hash(connection: sa.Connection, secret_hash: str) -> ApiKeyRow | None:
@@ -85,14 +92,10 @@ def insert(connection: sa.Connection, key: ApiKey, *, secret_hash: str, is_test:
     )
 
 
-def get_route(connection: sa.Connection, key_id: str) -> KeyRoute | None:
-    """The key's hash and version, revoked or not."""
-    row = connection.execute(
-        sa.select(api_keys.c.hash, api_keys.c.workspace_id, api_keys.c.expires_at, api_keys.c.version).where(
-            api_keys.c.id == key_id
-        )
-    ).first()
-    return KeyRoute(*row) if row else None
+def get_state(connection: sa.Connection, key_id: str) -> KeyState | None:
+    """A key in any workspace, revoked or not."""
+    row = connection.execute(sa.select(*_STATE).where(api_keys.c.id == key_id)).first()
+    return KeyState(*row) if row else None
 
 
 def replace_secret(connection: sa.Connection, key_id: str, *, secret_hash: str, prefix: str) -> None:
@@ -126,14 +129,14 @@ def find(connection: sa.Connection, workspace_id: str, *, offset: int, limit: in
     return [ApiKey(*row) for row in rows], total
 
 
-def revoke(connection: sa.Connection, workspace_id: str, key_id: str, *, at: float) -> KeyRoute | None:
-    """End a key; None if the workspace has no such unrevoked key."""
+def revoke(connection: sa.Connection, workspace_id: str, key_id: str, *, at: float) -> bool:
+    """End a key; False if the workspace has no such unrevoked key."""
     changed = connection.execute(
         sa.update(api_keys)
         .where(api_keys.c.id == key_id, api_keys.c.workspace_id == workspace_id, *_ALIVE)
         .values(revoked_at=at, version=_version_now())
     )
-    return get_route(connection, key_id) if changed.rowcount else None
+    return changed.rowcount == 1
 
 
 def mark_used(connection: sa.Connection, used_at: Mapping[str, float]) -> None:
@@ -144,14 +147,12 @@ def mark_used(connection: sa.Connection, used_at: Mapping[str, float]) -> None:
     )
 
 
-def routes(connection: sa.Connection, *, now: float) -> list[KeyRoute]:
+def valid(connection: sa.Connection, *, now: float) -> list[KeyState]:
     """Every key that still opens something."""
-    rows: Any = connection.execute(
-        sa.select(api_keys.c.hash, api_keys.c.workspace_id, api_keys.c.expires_at, api_keys.c.version).where(
-            *_ALIVE, sa.or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now)
-        )
+    rows = connection.execute(
+        sa.select(*_STATE).where(*_ALIVE, sa.or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now))
     )
-    return [KeyRoute(*row) for row in rows]
+    return [KeyState(*row) for row in rows]
 
 
 def _version_now() -> int:

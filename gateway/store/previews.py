@@ -5,7 +5,6 @@ The engine calls `sandboxes.touch` in the same transaction, so that the plane ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,9 +62,11 @@ def get(connection: sa.Connection, sandbox_id: str, preview_id: str) -> PreviewR
     return PreviewRow(*row) if row else None
 
 
-def of_sandboxes(connection: sa.Connection, sandbox_ids: Sequence[str]) -> list[PreviewRow]:
-    """The open ports of some sandboxes, by port."""
-    statement = sa.select(previews).where(previews.c.sandbox_id.in_(sandbox_ids)).order_by(previews.c.port)
+def find(connection: sa.Connection, sandbox_id: str | None) -> list[PreviewRow]:
+    """The open ports of a sandbox, or of all, by port."""
+    statement = sa.select(previews).order_by(previews.c.port)
+    if sandbox_id is not None:
+        statement = statement.where(previews.c.sandbox_id == sandbox_id)
     return [PreviewRow(*row) for row in connection.execute(statement)]
 
 
@@ -81,13 +82,11 @@ def put_share(connection: sa.Connection, share: ShareRow) -> None:
     connection.execute(sa.insert(shares), _values(share))
 
 
-def shares_of(connection: sa.Connection, sandbox_ids: Sequence[str], *, now: float) -> list[ShareRow]:
-    """The shares of some sandboxes that have not expired, oldest first."""
-    statement = (
-        sa.select(shares)
-        .where(shares.c.sandbox_id.in_(sandbox_ids), shares.c.expires_at > now)
-        .order_by(shares.c.created_at)
-    )
+def find_shares(connection: sa.Connection, sandbox_id: str | None, *, now: float) -> list[ShareRow]:
+    """The shares of a sandbox, or of all, that have not expired, oldest first."""
+    statement = sa.select(shares).where(shares.c.expires_at > now).order_by(shares.c.created_at)
+    if sandbox_id is not None:
+        statement = statement.where(shares.c.sandbox_id == sandbox_id)
     return [ShareRow(*row) for row in connection.execute(statement)]
 
 

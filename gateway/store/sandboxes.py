@@ -69,20 +69,10 @@ def find(connection: sa.Connection, wanted: Filter, *, offset: int, limit: int) 
     return [_sandbox(row) for row in rows], total
 
 
-def find_in_states(
-    connection: sa.Connection,
-    states: Sequence[SandboxState],
-    *,
-    expired_at: float | None = None,
-    created_before: float | None = None,
-) -> list[Sandbox]:
-    """Those of every workspace in one of the states; with expired_at, only those whose end lies before it."""
-    statement = sa.select(sandboxes).where(sandboxes.c.state.in_(states))
-    if expired_at is not None:
-        statement = statement.where(sandboxes.c.expires_at <= expired_at)
-    if created_before is not None:
-        statement = statement.where(sandboxes.c.created_at <= created_before)
-    return [_sandbox(row) for row in connection.execute(statement)]
+def find_in_states(connection: sa.Connection, states: Sequence[SandboxState]) -> list[Sandbox]:
+    """Those of every workspace in one of the states."""
+    rows = connection.execute(sa.select(sandboxes).where(sandboxes.c.state.in_(states)))
+    return [_sandbox(row) for row in rows]
 
 
 def count_living(connection: sa.Connection, workspace_id: str) -> int:
@@ -144,10 +134,16 @@ def touch(connection: sa.Connection, sandbox_id: str) -> None:
     connection.execute(sa.update(sandboxes).where(sandboxes.c.id == sandbox_id).values(version=_next_version()))
 
 
-def versions(connection: sa.Connection, sandbox_ids: Sequence[str]) -> dict[str, int]:
-    """The versions of some sandboxes."""
-    rows = connection.execute(sa.select(sandboxes.c.id, sandboxes.c.version).where(sandboxes.c.id.in_(sandbox_ids)))
-    return {row.id: row.version for row in rows}
+def find_versions(
+    connection: sa.Connection, *, sandbox_id: str | None = None, states: Sequence[SandboxState] | None = None
+) -> list[tuple[Sandbox, int]]:
+    """Sandboxes with their versions: one, or those of every workspace in one of the states."""
+    statement = sa.select(sandboxes)
+    if sandbox_id is not None:
+        statement = statement.where(sandboxes.c.id == sandbox_id)
+    if states is not None:
+        statement = statement.where(sandboxes.c.state.in_(states))
+    return [(_sandbox(row), row.version) for row in connection.execute(statement)]
 
 
 def prune(connection: sa.Connection, destroyed_before: float, *, limit: int) -> int:

@@ -19,7 +19,6 @@ from gateway.events import EventLog
 from gateway.resources import Principal, Sandbox, SandboxState
 from gateway.settings import Settings
 from gateway.store import Database, migrate, open_database, sandboxes, workspaces
-from gateway.store.keys import KeyRoute
 from vmm.client import HostClient
 from vmm.drivers.fake import FakeDriver
 from vmm.host.config import HostConfig
@@ -32,7 +31,6 @@ class Recorder:
 
     pushed: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    dropped: list[KeyRoute] = field(default_factory=list)
     pokes: int = 0
 
     async def push(self, sandbox_id: str) -> None:
@@ -40,9 +38,6 @@ class Recorder:
 
     async def push_key(self, key_id: str) -> None:
         self.keys.append(key_id)
-
-    async def drop_key(self, key: KeyRoute) -> None:
-        self.dropped.append(key)
 
     def poke(self) -> None:
         self.pokes += 1
@@ -86,7 +81,7 @@ async def make_principal(database: Database, workspace: str) -> Principal:
 async def offline(tmp_path: Path, database: Database, routes: Recorder, settings: Settings) -> AsyncIterator[Engine]:
     """An engine whose host is not there."""
     async with HostClient(str(tmp_path / "no.sock")) as host:
-        yield Engine(Context(database, host, routes, EventLog(database, routes.poke), settings))
+        yield Engine(Context(database, host, routes, EventLog(database), settings))
 
 
 async def put_running(engine: Engine, principal: Principal, **fields: object) -> Sandbox:
@@ -119,4 +114,4 @@ async def engine(
 ) -> AsyncIterator[Engine]:
     """An engine with a host of fake machines."""
     async with HostClient(str(tmp_path / "hostd.sock")) as host:
-        yield Engine(Context(database, host, routes, EventLog(database, routes.poke), settings))
+        yield Engine(Context(database, host, routes, EventLog(database), settings))

@@ -85,6 +85,8 @@ async def test_a_share_shows_its_token_once_and_ends_with_its_preview(offline: E
     assert share.token is not None
     assert share.token.startswith("miosa_pv_")
     assert share.url == f"{preview.url}/a%20b?preview_token={share.token}"
+    assert whole.token is not None
+    assert whole.token.startswith("mp_")
     assert (whole.port, whole.url) == (None, None)
     listed = await offline.list_shares(principal, ListShares(sandbox.id))
     assert listed == (replace(share, token=None, url=None), replace(whole, token=None))
@@ -100,7 +102,7 @@ async def test_a_share_whose_answer_was_lost_is_replaced(offline: Engine, princi
     await offline.create_share(principal, command)
     second = await offline.create_share(principal, command)
     assert second.token is not None
-    rows = await offline.context.database.lookup(partial(previews.shares_of, sandbox_ids=[sandbox.id], now=0.0))
+    rows = await offline.context.database.lookup(partial(previews.find_shares, sandbox_id=sandbox.id, now=0.0))
     assert [row.hash for row in rows] == [digest(second.token)]
 
 

@@ -82,7 +82,9 @@ async def test_versions_grow_with_every_change(database: Database, put: Put) -> 
     seen = []
     for _ in range(20):
         await database.write(partial(sandboxes.touch, sandbox_id=sandbox.id))
-        seen.append((await database.lookup(partial(sandboxes.versions, sandbox_ids=[sandbox.id])))[sandbox.id])
+        found = await database.lookup(partial(sandboxes.find_versions, sandbox_id=sandbox.id))
+        seen += [version for _, version in found]
+    assert len(seen) == 20
     assert seen == sorted(set(seen))
 
 
@@ -149,7 +151,7 @@ async def test_forgetting_a_sandbox_takes_its_previews_and_shares_along(database
         preview = previews.PreviewRow(f"p{sandbox.id[2:]}", sandbox.id, 3000, "public", 0.0)
         await database.write(partial(previews.put, preview=preview, visibility=None))
     assert await database.write(partial(sandboxes.prune, destroyed_before=11.0, limit=10)) == 1
-    left = await database.lookup(partial(previews.of_sandboxes, sandbox_ids=[old.id, living.id]))
+    left = await database.lookup(partial(previews.find, sandbox_id=None))
     assert [row.sandbox_id for row in left] == [living.id]
 
 
