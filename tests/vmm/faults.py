@@ -136,6 +136,7 @@ class Peer:
         self.lost = asyncio.Event()
         self.greets_with: dict[str, Any] | None = {"version": 1, "role": "agent", "boot_id": "b"}
         self.answers_pings = True
+        self.pings = 0
         self.hello: dict[str, Any] = {}
         self._received: asyncio.Queue[Frame] = asyncio.Queue()
 
@@ -178,6 +179,7 @@ class Peer:
             if self.greets_with is not None:
                 self.say(frames.ERROR if "code" in self.greets_with else frames.HELLO, 0, self.greets_with)
         elif frame[0] == frames.PING:
+            self.pings += 1
             if self.answers_pings:
                 self.say(frames.PONG, 0, frame[4])
         else:
