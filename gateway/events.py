@@ -43,11 +43,20 @@ def sandbox_event(
 
 
 class EventLog:
-    """The log as followers of this process see it."""
+    """The log as this process sees it.
 
-    def __init__(self, database: Database) -> None:
+    poke: tells the other processes that the log has grown; must not block.
+    """
+
+    def __init__(self, database: Database, poke: Callable[[], None]) -> None:
         self._database = database
+        self._poke = poke
         self._grown = asyncio.Event()
+
+    def announce(self) -> None:
+        """Call after a transaction that appended: wakes followers here and elsewhere."""
+        self.wake()
+        self._poke()
 
     def wake(self) -> None:
         """Wake the followers of this process."""

@@ -30,11 +30,6 @@ class Context:
     settings: Settings
     clock: Callable[[], float] = field(default=time.time)
 
-    def announce(self) -> None:
-        """Call after a transaction that appended events: wakes followers here and in the other workers."""
-        self.events.wake()
-        self.routes.poke()
-
     async def sandbox(self, principal: Principal, sandbox_id: str) -> Sandbox:
         """A sandbox of the caller's workspace in any state. Raises sandbox_not_found."""
         found = await self.database.lookup(lambda connection: rows.get(connection, sandbox_id))

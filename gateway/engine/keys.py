@@ -57,7 +57,7 @@ class KeyService:
             return key
 
         created = await context.database.write(job)
-        context.announce()
+        context.events.announce()
         await context.routes.push_key(created.id)
         return created
 
@@ -82,7 +82,7 @@ class KeyService:
 
         if not await context.database.write(job):
             raise GatewayError("not_found", "No key with that id.")
-        context.announce()
+        context.events.announce()
         await context.routes.push_key(command.key_id)
 
 

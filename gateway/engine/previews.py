@@ -146,7 +146,7 @@ class PreviewService:
             return result
 
         result = await self._context.database.write(whole)
-        self._context.announce()
+        self._context.events.announce()
         await self._context.routes.push(sandbox_id)
         return result
 

@@ -63,7 +63,7 @@ class SandboxService:
         sandbox = await context.database.write(lambda connection: self._insert(connection, wanted, has_slug=has_slug))
         owned(sandbox, principal)
         if sandbox.state is SandboxState.PROVISIONING:
-            context.announce()
+            context.events.announce()
             sandbox = await self.finish(sandbox)
         return sandbox
 
@@ -122,7 +122,7 @@ class SandboxService:
 
         changed, current = await context.database.write(job)
         if changed:
-            context.announce()
+            context.events.announce()
             await context.routes.push(sandbox.id)
         if current is None or current.state not in LIVING:
             # Destroyed while it started.
@@ -165,7 +165,7 @@ class SandboxService:
 
         changed = await context.database.write(job)
         if changed:
-            context.announce()
+            context.events.announce()
             await context.routes.push(sandbox.id)
         return changed
 

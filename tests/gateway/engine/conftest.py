@@ -81,7 +81,7 @@ async def make_principal(database: Database, workspace: str) -> Principal:
 async def offline(tmp_path: Path, database: Database, routes: Recorder, settings: Settings) -> AsyncIterator[Engine]:
     """An engine whose host is not there."""
     async with HostClient(str(tmp_path / "no.sock")) as host:
-        yield Engine(Context(database, host, routes, EventLog(database), settings))
+        yield Engine(Context(database, host, routes, EventLog(database, routes.poke), settings))
 
 
 async def put_running(engine: Engine, principal: Principal, **fields: object) -> Sandbox:
@@ -114,4 +114,4 @@ async def engine(
 ) -> AsyncIterator[Engine]:
     """An engine with a host of fake machines."""
     async with HostClient(str(tmp_path / "hostd.sock")) as host:
-        yield Engine(Context(database, host, routes, EventLog(database), settings))
+        yield Engine(Context(database, host, routes, EventLog(database, routes.poke), settings))

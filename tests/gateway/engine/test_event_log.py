@@ -18,7 +18,7 @@ from tests.gateway.engine.conftest import Recorder, put_running
 
 async def append(engine: Engine, sandbox: Sandbox, kind: str) -> None:
     await engine.context.database.write(partial(sandbox_event, kind=kind, sandbox=sandbox))
-    engine.context.announce()
+    engine.context.events.announce()
 
 
 async def take(stream: AsyncGenerator[Event, None], count: int) -> list[str]:
