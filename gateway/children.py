@@ -196,6 +196,11 @@ def _how(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
+def follow_parent() -> None:
+    """Have the kernel kill this process when its parent dies; for processes that somebody else's code has started."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent dies, so that nothing escapes."""
     if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:

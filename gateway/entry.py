@@ -56,20 +56,13 @@ class Entry:
 
     mounted: the dialects; a path without any of their prefixes belongs to the first, since some clients forget it.
     own: exact paths beside them, such as /healthz.
-    lifespan: hears of start and stop of the process.
     """
 
-    def __init__(
-        self, mounted: Sequence[Mounted], *, own: Mapping[str, ASGIApp], lifespan: ASGIApp, limits: BodyLimits
-    ) -> None:
+    def __init__(self, mounted: Sequence[Mounted], *, own: Mapping[str, ASGIApp], limits: BodyLimits) -> None:
         self._doors = [_Door(one, limits) for one in mounted]
         self._own = dict(own)
-        self._lifespan = lifespan
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._lifespan(scope, receive, send)
-            return
         request_id = new_request_id()
         send = _with_headers(send, request_id)
         if (app := self._own.get(scope["path"])) is not None:

@@ -92,7 +92,7 @@ class Settings:
     driver: Annotated[
         str, Row("What runs machines; `fake` starts none and is for tests.", choices=("gvisor", "fake"))
     ] = "gvisor"
-    default_template: Annotated[str, Row("Template of a sandbox that names none.")] = "base"
+    default_template: Annotated[str, Row("Template of a sandbox that names none: a name or alias.")] = "default"
     sandbox_cpu_count: Annotated[float, Row("Cores of a sandbox that asks for none.", least=0.1)] = 1.0
     sandbox_cpu_count_max: Annotated[float, Row("Most cores a sandbox may ask for.", least=0.1)] = 8.0
     sandbox_memory_mib: Annotated[int, Row("Memory of a sandbox that asks for none.", least=64)] = 1024

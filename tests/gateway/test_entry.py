@@ -54,10 +54,6 @@ async def socket(connection: WebSocket) -> None:
     await connection.close()
 
 
-async def lifespan(scope, receive, send) -> None:
-    await send({"type": "lifespan.startup.complete"})
-
-
 async def healthz(scope, receive, send) -> None:
     await PlainTextResponse("ok")(scope, receive, send)
 
@@ -70,7 +66,7 @@ def make_entry() -> Entry:
         WebSocketRoute("/socket", socket),
     ]
     mounted = [Mounted(Echo(), "/api/v1", routes)]
-    return Entry(mounted, own={"/healthz": healthz}, lifespan=lifespan, limits=BodyLimits(10, 20))
+    return Entry(mounted, own={"/healthz": healthz}, limits=BodyLimits(10, 20))
 
 
 @pytest.fixture
