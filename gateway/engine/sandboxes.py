@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +40,9 @@ from vmm.errors import LinkError, VmmError
 from vmm.types import MachineInfo, MachineSpec, MachineState, StopCause
 
 _log = logging.getLogger(__name__)
+
+#: How long a caller who destroys waits for a host that does not answer.
+_END_TIMEOUT_S = 5.0
 
 LIVING = (SandboxState.PROVISIONING, SandboxState.RUNNING, SandboxState.PAUSED)
 
@@ -270,7 +274,8 @@ class SandboxService:
 
     async def _end_machine(self, sandbox_id: str) -> None:
         try:
-            await self._context.host.destroy_machine(sandbox_id, StopCause.REQUESTED)
+            deadline = time.monotonic() + _END_TIMEOUT_S
+            await self._context.host.destroy_machine(sandbox_id, StopCause.REQUESTED, deadline=deadline)
         except VmmError as error:
             _log.warning("machine %s could not be destroyed now, left to the reconciler: %s", sandbox_id, error)
 
