@@ -15,7 +15,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vmm.calls import LinkProvider, Patience, call, decode, within
+from vmm.calls import LinkProvider, Patience, call, decode, limit_of, within
 from vmm.errors import AgentError, LinkError, MachineError
 from vmm.execution import Execution
 from vmm.files import FileReader, FileWatch, write_once
@@ -152,7 +152,8 @@ class Agent:
 
     async def read_bytes(self, path: str, *, size_max: int, deadline: float | None = None) -> bytes:
         """A whole file. Raises AgentError `too_large` when it has more than `size_max` bytes."""
-        async with within(deadline) as limit, await self.read(path, length=size_max + 1, deadline=limit) as reader:
+        limit = limit_of(deadline)
+        async with await self.read(path, length=size_max + 1, deadline=limit) as reader, within(limit):
             parts = [part async for part in reader]
         content = b"".join(parts)
         if len(content) > size_max:
@@ -178,15 +179,14 @@ class Agent:
         op |= _given(mode=mode, user=user)
         if not isinstance(content, bytes):
             return await write_once(self._links, op, content, deadline)
-        async with within(deadline) as limit:
-            patience = Patience(limit)
-            while True:
-                try:
-                    return await write_once(self._links, op, _once(content), limit)
-                except (LinkError, MachineError) as error:
-                    if append:
-                        raise
-                    await patience.after(error)
+        patience = Patience(limit_of(deadline))
+        while True:
+            try:
+                return await write_once(self._links, op, _once(content), patience.deadline)
+            except (LinkError, MachineError) as error:
+                if append:
+                    raise
+                await patience.after(error)
 
     async def stat(self, path: str, *, deadline: float | None = None) -> Entry:
         """One entry; a link is not followed."""

@@ -61,13 +61,17 @@ def is_break(error: VmmError) -> bool:
     return isinstance(error, MachineError) and error.code == "agent_unreachable"
 
 
+def limit_of(deadline: float | None) -> float:
+    """The deadline that holds for a caller who may have given none."""
+    return time.monotonic() + CALL_TIMEOUT_S if deadline is None else deadline
+
+
 @asynccontextmanager
-async def within(deadline: float | None) -> AsyncIterator[float]:
-    """Give the deadline that holds inside, and raise LinkError once it passes."""
-    limit = time.monotonic() + CALL_TIMEOUT_S if deadline is None else deadline
+async def within(deadline: float | None) -> AsyncIterator[None]:
+    """Raise LinkError `no_answer` once the deadline passes. Not for getting a link: its provider says what is wrong."""
     try:
-        async with asyncio.timeout_at(limit):
-            yield limit
+        async with asyncio.timeout_at(limit_of(deadline)):
+            yield
     except TimeoutError as error:
         raise LinkError("no_answer", "there was no answer in time") from error
 
@@ -76,17 +80,28 @@ async def call(
     links: LinkProvider, op: Mapping[str, Any], *, deadline: float | None, is_repeatable: bool
 ) -> dict[str, Any]:
     """Run an operation that answers with a REPLY and nothing else."""
-    async with within(deadline) as limit:
-        patience = Patience(limit)
-        while True:
-            stream = await open_stream(links, op, patience)
-            with stream:
-                try:
-                    return await stream.reply()
-                except VmmError as error:
-                    if not is_repeatable:
-                        raise
-                    await patience.after(error)
+    patience = Patience(limit_of(deadline))
+    while True:
+        try:
+            stream, reply = await ask(links, op, patience)
+        except VmmError as error:
+            if not is_repeatable:
+                raise
+            await patience.after(error)
+        else:
+            stream.close()
+            return reply
+
+
+async def ask(links: LinkProvider, op: Mapping[str, Any], patience: Patience) -> tuple[Stream, dict[str, Any]]:
+    """Open a stream and wait for its reply. It is left again when there is none."""
+    stream = await open_stream(links, op, patience)
+    try:
+        async with within(patience.deadline):
+            return stream, await stream.reply()
+    except BaseException:
+        stream.close()
+        raise
 
 
 async def open_stream(links: LinkProvider, op: Mapping[str, Any], patience: Patience) -> Stream:

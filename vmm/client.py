@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from vmm.agent import Agent
-from vmm.calls import Patience, call, decode, is_break, open_stream, within
+from vmm.calls import Patience, ask, call, decode, is_break, limit_of
 from vmm.errors import LinkError, VmmError
 from vmm.link import Link, unix
 from vmm.stream import Event, Stream
@@ -140,11 +140,8 @@ class HostClient:
             await asyncio.sleep(_CONNECT_DELAY_MIN_S)
 
     async def _events_of_one_link(self, seen: dict[str, MachineInfo]) -> AsyncIterator[MachineInfo]:
-        async with within(None) as limit:
-            stream = await open_stream(self.link, {"op": "machine.events"}, Patience(limit))
+        stream, _ = await ask(self.link, {"op": "machine.events"}, Patience(limit_of(None)))
         with stream:
-            async with within(None):
-                await stream.reply()
             for machine in _differences(seen, await self.list_machines()):
                 yield machine
             async for event in _machine_events(stream):

@@ -58,20 +58,20 @@ class Execution:
 
         A caller that is cancelled meanwhile has no process to leave behind: a foreground one is killed.
         """
-        async with within(self._limit()) as limit:
-            patience = Patience(limit)
-            while self._stream is None:
-                stream = await open_stream(self._links, self._op, patience)
-                try:
+        patience = Patience(self._limit())
+        while self._stream is None:
+            stream = await open_stream(self._links, self._op, patience)
+            try:
+                async with within(patience.deadline):
                     self._adopt(stream, await stream.reply())
-                except VmmError as error:
-                    stream.close()
-                    await patience.after(error)
-                except asyncio.CancelledError:
-                    self._leave_unstarted(stream)
-                    raise
-                else:
-                    self._stream = stream
+            except VmmError as error:
+                stream.close()
+                await patience.after(error)
+            except asyncio.CancelledError:
+                self._leave_unstarted(stream)
+                raise
+            else:
+                self._stream = stream
         return self
 
     def __aiter__(self) -> Self:
@@ -185,22 +185,22 @@ class Execution:
                 return
             if not is_break(error) or self._is_closed:
                 raise error
-            async with within(self._limit()) as limit:
-                patience = Patience(limit)
-                while self._stream is broken:
-                    await patience.after(error)
-                    try:
-                        await self._attach_again(patience)
-                    except VmmError as again:
-                        error = again
+            patience = Patience(self._limit())
+            while self._stream is broken:
+                await patience.after(error)
+                try:
+                    await self._attach_again(patience)
+                except VmmError as again:
+                    error = again
 
     async def _attach_again(self, patience: Patience) -> None:
         op = self._addressed({"op": "attach", "offsets": dict(self._offsets)})
         stream = await open_stream(self._links, op, patience)
         try:
-            self._adopt(stream, await stream.reply())
-            # What was sent before fits into a new stream's credit, so this never waits for the process.
-            await self._flush(stream, self._input_sent)
+            async with within(patience.deadline):
+                self._adopt(stream, await stream.reply())
+                # What was sent before fits into a new stream's credit, so this never waits for the process.
+                await self._flush(stream, self._input_sent)
             if self._input_ended:
                 stream.end()
             self._stream = stream

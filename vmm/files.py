@@ -7,12 +7,11 @@ complete.
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from vmm.calls import CALL_TIMEOUT_S, LinkProvider, Patience, decode, is_break, open_stream, within
+from vmm.calls import LinkProvider, Patience, ask, decode, is_break, limit_of, open_stream, within
 from vmm.errors import LinkError, VmmError
 from vmm.guest import FileEvent, FileInfo, WrittenFile
 from vmm.stream import Chunk, Event, Stream
@@ -43,24 +42,17 @@ class _Resuming:
         self.close()
 
     async def _open(self, op: Mapping[str, Any], broken_by: VmmError | None = None) -> dict[str, Any]:
-        limit = time.monotonic() + CALL_TIMEOUT_S
-        async with within(limit if self._deadline is None else min(limit, self._deadline)) as until:
-            patience = Patience(until)
-            error = broken_by
-            while True:
-                if error is not None:
-                    await patience.after(error)
-                stream = await open_stream(self._links, op, patience)
-                try:
-                    reply = await stream.reply()
-                except BaseException as again:
-                    stream.close()
-                    if not isinstance(again, VmmError):
-                        raise
-                    error = again
-                else:
-                    self._stream = stream
-                    return reply
+        patience = Patience(limit_of(self._deadline))
+        error = broken_by
+        while True:
+            if error is not None:
+                await patience.after(error)
+            try:
+                self._stream, reply = await ask(self._links, op, patience)
+            except VmmError as again:
+                error = again
+            else:
+                return reply
 
 
 class FileReader(_Resuming):
@@ -142,9 +134,7 @@ async def write_once(
     links: LinkProvider, op: Mapping[str, Any], content: AsyncIterable[bytes], deadline: float | None
 ) -> WrittenFile:
     """Write a file from a stream, on one link. A deadline of None limits each step, not the whole."""
-    async with within(deadline) as limit:
-        stream = await open_stream(links, op, Patience(limit))
-    with stream:
+    with await open_stream(links, op, Patience(limit_of(deadline))) as stream:
         async for part in content:
             async with within(deadline):
                 await stream.send(part)
