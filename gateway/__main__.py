@@ -74,7 +74,6 @@ def _run_api(settings: Settings) -> int:
         respawn_interval=0.1,
         workers_kill_timeout=max(1, round(settings.drain_timeout_s)),
         log_enabled=False,
-        process_name="sandgate-api",
     ).serve()
     return 0
 

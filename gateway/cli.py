@@ -112,9 +112,9 @@ def run(arguments: argparse.Namespace, options: Settings) -> int:
 def _doctor(options: Settings) -> int:
     findings = diagnose(cache=options.cache)
     for finding in findings:
-        print(f"{'ok  ' if finding.is_ok else 'LACK'}  {finding.what}")
-        if not finding.is_ok and finding.fix:
-            print(f"      {finding.fix}")
+        print(f"{'ok  ' if finding.is_ok else 'LACK'}  {finding.name}: {finding.what}")
+        if not finding.is_ok:
+            print(f"      fix: {finding.fix}")
     return 0 if all(finding.is_ok for finding in findings) else 1
 
 

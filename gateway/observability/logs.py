@@ -61,3 +61,6 @@ def configure(process: str, *, level: str, form: str, stream: TextIO = sys.stder
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter(process) if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # Libraries that tell at "info" what is routine.
+    for name in ("alembic", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
