@@ -130,9 +130,10 @@ def new_request_id() -> str:
 
 def canonical_path(path: str, prefix: str) -> str:
     """The path with the prefix exactly once: clients leave it out, or join it to a base that has it already."""
-    while path == prefix or path.startswith(prefix + "/"):
-        path = path[len(prefix) :]
-    return f"{prefix}/{path.strip('/')}".rstrip("/")
+    bare, rest = prefix.strip("/"), path.strip("/")
+    while rest == bare or rest.startswith(bare + "/"):
+        rest = rest[len(bare) :].strip("/")
+    return f"{prefix}/{rest}".rstrip("/")
 
 
 def _check_encoding(scope: Scope) -> None:

@@ -16,7 +16,7 @@ from gateway import commands, resources
 from gateway.dialects.miosa import answers, decode, sse
 from gateway.dialects.miosa.answers import iso, iso_time
 from gateway.dialects.miosa.decode import first
-from gateway.dialects.miosa.route import EVENT_STREAM, NOTHING, Route, many, one
+from gateway.dialects.miosa.route import EVENT_STREAM, NOTHING, Route, bare, many, one
 from gateway.errors import invalid
 from gateway.pipeline import Call
 from gateway.resources import OutputChunk, ProcessExit
@@ -134,10 +134,11 @@ class Process(TypedDict):
 
 
 class ProcessLogs(TypedDict):
-    """What a process wrote."""
+    """What a process wrote. `data` is the text again: clients make a string of whatever stands there."""
 
     pid: int
     logs: str
+    data: str
 
 
 class Written(TypedDict):
@@ -312,16 +313,13 @@ async def write_stdin(call: Call, body: StdinRequest) -> Written:
     return Written(pid=pid, written=len(data))
 
 
-async def logs(call: Call, query: TailQuery) -> Response:
-    """The end of what a process wrote.
-
-    `data` is the text itself here: clients turn whatever it is into a string.
-    """
+async def logs(call: Call, query: TailQuery) -> ProcessLogs:
+    """The end of what a process wrote."""
     pid = decode.pid(call)
     command = commands.GetProcessOutput(decode.sandbox_id(call), pid, tail_lines=first(query.tail, query.lines))
     chunks = await call.engine.get_process_output(call.principal, command)
     text = b"".join(chunk.data for chunk in chunks).decode("utf-8", "replace")
-    return answers.json_response({"pid": pid, "logs": text, "data": text})
+    return ProcessLogs(pid=pid, logs=text, data=text)
 
 
 async def stream_logs(call: Call) -> Response:
@@ -402,12 +400,12 @@ ROUTES = (
     Route("DELETE", _PROCESS, stop, NOTHING, EXEC),
     Route("POST", _PROCESS + "/signal", send_signal, one(Process), EXEC, SignalRequest),
     Route("POST", _PROCESS + "/stdin", write_stdin, one(Written), EXEC, StdinRequest),
-    Route("GET", _PROCESS + "/logs", logs, one(ProcessLogs), READ, query=TailQuery),
+    Route("GET", _PROCESS + "/logs", logs, bare(ProcessLogs), READ, query=TailQuery),
     Route("GET", _PROCESS + "/stream", stream_logs, EVENT_STREAM, READ, terms=_STREAM),
     # The same under the names of the 2.x clients.
     Route("POST", _ONE + "/commands", run, one(ExecResult), EXEC, ExecRequest, _EXEC_BYTES_MAX, terms=_RUN),
     Route("GET", _ONE + "/commands", list_all, many(Process), READ),
     Route("GET", _COMMAND, get, one(Process), READ),
-    Route("GET", _COMMAND + "/logs", logs, one(ProcessLogs), READ, query=TailQuery),
+    Route("GET", _COMMAND + "/logs", logs, bare(ProcessLogs), READ, query=TailQuery),
     Route("POST", _COMMAND + "/kill", kill, one(Process), EXEC),
 )

@@ -139,6 +139,8 @@ def _answer(answer: Answer, schemas: _Schemas) -> Schema:
         return _content(answer.media_type, None, "The content")
     items = [schemas.of(kind) for kind in answer.kinds]
     item: Schema = items[0] if len(items) == 1 else {"anyOf": items}
+    if answer.shape == "bare":
+        return _content("application/json", item, "The object")
     if answer.shape == "many":
         envelope: Schema = {
             "type": "object",

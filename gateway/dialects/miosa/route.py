@@ -16,8 +16,9 @@ from starlette.responses import Response
 from gateway.dialects.miosa import answers, clients, decode
 from gateway.pipeline import Call, Operation
 
-#: one: an object. many: a page of objects. nothing: 204. raw: bytes of `media_type`.
-Shape = Literal["one", "many", "nothing", "raw"]
+#: one: an object, flat and under `data`. bare: an object as it is. many: a page of objects. nothing: 204.
+#: raw: bytes of `media_type`.
+Shape = Literal["one", "bare", "many", "nothing", "raw"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class Answer:
             return result
         if self.shape == "many":
             return answers.many(result)
+        if self.shape == "bare":
+            return answers.json_response(result, self.status)
         if self.shape == "nothing":
             return Response(status_code=204)
         return answers.one(result, self.status)
@@ -48,6 +51,11 @@ BYTES = Answer("raw", media_type="application/octet-stream")
 def one(*kinds: Any, status: int = 200) -> Answer:
     """An object."""
     return Answer("one", kinds, status)
+
+
+def bare(kind: Any) -> Answer:
+    """An object that does not come in the usual envelope."""
+    return Answer("bare", (kind,))
 
 
 def many(kind: Any) -> Answer:

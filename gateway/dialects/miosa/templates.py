@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Literal, TypedDict
 
 import msgspec
-from starlette.responses import Response
 
 from gateway import commands, resources
-from gateway.dialects.miosa import answers
-from gateway.dialects.miosa.answers import iso_time
-from gateway.dialects.miosa.route import Route, many, one
+from gateway.dialects.miosa.answers import Pagination, iso_time
+from gateway.dialects.miosa.route import Route, bare, one
 from gateway.pipeline import Call
 
 READ = "sandboxes:read"
@@ -44,6 +42,14 @@ class Template(TypedDict):
     created_at: str
 
 
+class TemplateList(TypedDict):
+    """All templates, and which one a sandbox gets that names none."""
+
+    default_template_id: str
+    data: list[Template]
+    page: Pagination
+
+
 class Catalogue(TypedDict):
     """All templates."""
 
@@ -72,15 +78,15 @@ def template(item: resources.Template, *, alias: str | None = None) -> Template:
     )
 
 
-async def list_all(call: Call, query: ListTemplatesQuery) -> Response:
+async def list_all(call: Call, query: ListTemplatesQuery) -> TemplateList:
     """List templates, and which one a sandbox gets that names none."""
     found = await call.engine.list_templates(call.principal, commands.ListTemplates())
     items = [template(item) for item in found]
     if query.include_aliases:
         items += [template(item, alias=alias) for item in found for alias in item.aliases]
     default = next((item["id"] for item in items if DEFAULT in {item["name"], *item["aliases"]}), DEFAULT)
-    page = {"page": 1, "page_size": max(len(items), 1), "total": len(items)}
-    return answers.json_response({"default_template_id": default, "data": items, "page": page})
+    page = Pagination(page=1, page_size=max(len(items), 1), total=len(items))
+    return TemplateList(default_template_id=default, data=items, page=page)
 
 
 async def catalogue(call: Call) -> Catalogue:
@@ -96,7 +102,7 @@ async def get(call: Call) -> Template:
 
 
 ROUTES = (
-    Route("GET", "/sandbox-templates", list_all, many(Template), READ, query=ListTemplatesQuery),
+    Route("GET", "/sandbox-templates", list_all, bare(TemplateList), READ, query=ListTemplatesQuery),
     Route("GET", "/sandbox-templates/{name}", get, one(Template), READ),
     Route("GET", "/templates", catalogue, one(Catalogue), READ),
 )
