@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,13 +41,19 @@ class Agent:
 
     links: gives an open link to the agent, or to hostd when `to` is the machine's id.
     passive: what this object does is no activity of the machine's owner and does not keep it from idling out.
+    roots: file operations stay below these directories, whatever links lie there; None for everywhere.
     """
 
-    def __init__(self, links: LinkProvider, to: str | None = None, *, passive: bool = False) -> None:
+    def __init__(
+        self,
+        links: LinkProvider,
+        to: str | None = None,
+        *,
+        passive: bool = False,
+        roots: Sequence[str] | None = None,
+    ) -> None:
         self._links = links
-        self._address: dict[str, Any] = {} if to is None else {"to": to}
-        if passive:
-            self._address["passive"] = True
+        self._address = _given(to=to, passive=passive or None, roots=None if roots is None else list(roots))
 
     async def exec(self, exec_id: str, command: Command, *, deadline: float | None = None) -> Execution:
         """Start a process, exactly once for one `exec_id` (at most 64 characters), and return when it runs.
@@ -67,14 +74,16 @@ class Agent:
         """Run a process to its end. A caller that is cancelled, or fails, takes the process with it.
 
         output_bytes_max: what is kept of each of stdout and stderr; the rest is read and dropped.
+        deadline: of the whole; None for as long as the process takes.
         """
         execution = await self.exec(exec_id, replace(command, stdin=bool(stdin)), deadline=deadline)
         try:
-            if not stdin:
-                return await _collect(execution, output_bytes_max)
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(_feed(execution, stdin))
-                return await _collect(execution, output_bytes_max)
+            async with within(math.inf if deadline is None else deadline):
+                if not stdin:
+                    return await _collect(execution, output_bytes_max)
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(_feed(execution, stdin))
+                    return await _collect(execution, output_bytes_max)
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         finally:

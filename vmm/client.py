@@ -72,9 +72,9 @@ class HostClient:
         except TimeoutError as error:
             raise LinkError("host_unreachable", "the host service does not answer") from error
 
-    def agent(self, machine_id: str, *, passive: bool = False) -> Agent:
-        """The agent of a machine. With `passive`, what is asked of it does not count as activity."""
-        return Agent(self.link, machine_id, passive=passive)
+    def agent(self, machine_id: str, *, passive: bool = False, roots: Sequence[str] | None = None) -> Agent:
+        """The agent of a machine; `passive` and `roots` as in `Agent`."""
+        return Agent(self.link, machine_id, passive=passive, roots=roots)
 
     async def create_machine(self, spec: MachineSpec, *, deadline: float | None = None) -> MachineInfo:
         """Make a machine and wait until its agent answers; the same id twice yields the same machine."""

@@ -340,6 +340,24 @@ async def test_paths_that_cannot_be_are_refused(agent: Agent, path: str, code: s
     assert caught.value.code == code
 
 
+async def test_roots_confine_file_operations(rig: Rig) -> None:
+    inside, outside = f"{rig.root}/inside", f"{rig.root}/outside"
+    await rig.agent.write(f"{outside}/secret", b"x")
+    confined = Agent(rig.links, roots=[inside])
+    await confined.write(f"{inside}/mine", b"y")
+    attempts = [
+        confined.stat(f"{outside}/secret"),
+        confined.read_bytes(f"{inside}/../outside/secret", size_max=10),
+        confined.write(f"{outside}/new", b"z"),
+        confined.rename(f"{inside}/mine", f"{outside}/mine"),
+        confined.list(rig.root),
+    ]
+    for attempt in attempts:
+        with pytest.raises(AgentError) as caught:
+            await attempt
+        assert caught.value.code == "forbidden_path"
+
+
 async def test_changes_are_told_and_a_break_shows_as_overflow(rig: Rig) -> None:
     async with await rig.agent.watch(rig.root) as watch, asyncio.timeout(10):
         await rig.agent.write(f"{rig.root}/seen", b"x")

@@ -20,7 +20,7 @@ import orjson
 from native import frames
 from native.frames import Frame
 from vmm.drivers.fake.faults import Faults
-from vmm.drivers.fake.files import FileTree
+from vmm.drivers.fake.files import FileTree, is_below
 from vmm.drivers.fake.processes import Process, check
 from vmm.errors import AgentError
 from vmm.stream import CREDIT_BYTES, INPUT, STDOUT
@@ -211,6 +211,7 @@ class ServerStream:
             handler = _HANDLERS.get(name)
             if handler is None:
                 raise AgentError("unsupported", f"no operation {name}")
+            _confine(self._op)
             await handler(self)
             self._send(frames.CLOSE)
         except AgentError as error:
@@ -378,6 +379,13 @@ def _signal_number(signal: Any) -> int:
     if isinstance(signal, int):
         return signals.Signals(signal) if signal else 0
     return signals.Signals[str(signal)]
+
+
+def _confine(op: Mapping[str, Any]) -> None:
+    roots = op.get("roots")
+    paths = [op[name] for name in ("path", "source", "destination") if name in op]
+    if roots is not None and not all(any(is_below(path, root) for root in roots) for path in paths):
+        raise AgentError("forbidden_path", "the path lies outside of what may be reached")
 
 
 def _list(guest: Guest, op: Mapping[str, Any]) -> dict[str, Any]:

@@ -191,8 +191,13 @@ class FileTree:
             event["old_path"] = old_path
         for root, recursive, listener in list(self._listeners):
             parent = posixpath.dirname(path)
-            if parent == root or (recursive and f"{path}/".startswith(f"{root.rstrip('/')}/")):
+            if parent == root or (recursive and is_below(path, root)):
                 listener(event)
+
+
+def is_below(path: str, root: str) -> bool:
+    """Whether a path is `root` or lies in it. There are no links here to lead elsewhere."""
+    return f"{_clean(path)}/".startswith(f"{_clean(root).rstrip('/')}/")
 
 
 def _clean(path: Any) -> str:
