@@ -99,13 +99,6 @@ class Child:
     async def start(self) -> None:
         """Start the process; `keep_running` is to follow."""
         output = None if self._log is None else asyncio.subprocess.PIPE
-        parent = os.getpid()
-
-        def die_with_parent() -> None:
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:
-                os._exit(1)  # it died before the line above
-
         self._process = await asyncio.create_subprocess_exec(
             *self._argv,
             env=self._environ,
@@ -114,7 +107,7 @@ class Child:
             stderr=None if output is None else asyncio.subprocess.STDOUT,
             start_new_session=True,
             pass_fds=self._keep_fds,
-            preexec_fn=die_with_parent,
+            preexec_fn=dying_with(os.getpid(), signal.SIGTERM),
         )
         if self._log is not None:
             self._copying = asyncio.create_task(_copy(self._process, self._log), name=f"log of {self.name}")
@@ -194,6 +187,17 @@ async def _copy(process: asyncio.subprocess.Process, log: LogFile) -> None:
 
 def _how(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def dying_with(parent: int, number: signal.Signals) -> Callable[[], None]:
+    """A `preexec_fn` that has the kernel send the signal to the child when `parent` dies; it does nothing else."""
+
+    def prepare() -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:
+            os._exit(1)  # it died before the line above
+
+    return prepare
 
 
 def follow_parent() -> None:

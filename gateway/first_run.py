@@ -1,4 +1,4 @@
-"""What has to be there before the server's processes start: directories, database, a key, templates.
+"""What has to be there before the server's processes start: directories, database, a key.
 
 Everything here may be done again; what is there already is left alone.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from gateway.settings import Settings, make_private_dir
 from gateway.store import keys, migrate, workspaces
 from gateway.store.database import sqlite_engine
 from native import BinaryMissing, agent_path
-from vmm.errors import VmmError
 from vmm.templates.store import TemplateStore
 
 #: The workspace that the first key belongs to.
@@ -37,8 +35,10 @@ class Credentials:
     api_key: str
 
 
-def prepare(settings: Settings, say: Callable[[str], None]) -> Credentials:
-    """Make what is missing. Blocks; for a minute when templates are missing. Raises StartError."""
+def prepare(settings: Settings) -> Credentials:
+    """Make what is missing. Blocks, for well below a second. Raises StartError."""
+    if settings.driver == "gvisor" and os.geteuid() != 0:
+        raise StartError("Running gVisor sandboxes takes root: `sudo -E sandgate serve`.")
     for directory in (settings.home, settings.run_dir, settings.lmdb_dir, settings.home / "host"):
         make_private_dir(directory)
     _forget_volatile_state(settings)
@@ -46,10 +46,15 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Credentials:
         migrate(settings.effective_database_url)
     except ValueError as error:
         raise StartError(f"SANDGATE_DATABASE_URL: {error}") from error
-    credentials = ensure_credentials(settings)
-    if settings.driver == "gvisor":
-        _ensure_templates(settings, say)
-    return credentials
+    return ensure_credentials(settings)
+
+
+def missing_templates(settings: Settings) -> list[str]:
+    """Names of templates that have not been built yet."""
+    try:
+        return [recipe.name for recipe in TemplateStore(settings.cache, agent_path()).missing()]
+    except BinaryMissing as error:
+        raise StartError(str(error)) from error
 
 
 def ensure_credentials(settings: Settings) -> Credentials:
@@ -109,15 +114,3 @@ def _forget_volatile_state(settings: Settings) -> None:
     for name in ("limits", "undelivered"):
         for path in (settings.lmdb_dir / name).glob("*.mdb"):
             path.unlink()
-
-
-def _ensure_templates(settings: Settings, say: Callable[[str], None]) -> None:
-    try:
-        store = TemplateStore(settings.cache, agent_path())
-        for recipe in store.missing():
-            say(f"Template {recipe.name} is built now; that takes about a minute and happens once.")
-        store.ensure(lambda line: say(f"  {line}"))
-    except BinaryMissing as error:
-        raise StartError(str(error)) from error
-    except VmmError as error:
-        raise StartError("\n".join(filter(None, (f"{error.message}.", error.detail)))) from error

@@ -1,6 +1,6 @@
 """Starts, watches and stops the server's processes.
 
-    lock ─▶ ports ─▶ data directory ─▶ templates ─▶ hostd, api, plane ─▶ ready ─▶ … ─▶ stop: plane, api, hostd
+    lock ─▶ ports ─▶ data directory ─▶ templates ─▶ hostd, api, plane ─▶ ready ─▶ … ─▶ plane, api, hostd end
 
 Stopping goes from the outside in: the plane lets requests end, the api finishes what it has begun, hostd ends every
 machine. A second signal makes it short. What is left after that is killed, so that nothing stays on the host.
@@ -9,24 +9,21 @@ machine. A second signal makes it short. What is left after that is killed, so t
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
 import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
-from gateway.children import Child, LogFile, StartError, adopt_orphans, kill_orphans, reap_orphans
-from gateway.first_run import Credentials, prepare
-from gateway.owners import is_running
+from gateway.children import Child, LogFile, StartError, adopt_orphans, dying_with, kill_orphans, reap_orphans
+from gateway.first_run import Credentials, missing_templates, prepare
+from gateway.preflight import check_ports, instance_lock
 from gateway.probes import status_of
-from gateway.settings import Settings, env_name, make_private_dir, split_address
+from gateway.settings import Settings, make_private_dir, split_address
 from native import BinaryMissing, plane_path
 from vmm.client import HostClient
 from vmm.errors import VmmError
@@ -38,9 +35,6 @@ _REAP_EVERY_S = 0.5
 
 #: hostd needs a while to end hundreds of machines.
 _HOSTD_STOP_S = 60.0
-
-#: How long to wait for what a killed instance has left behind to end.
-_REMAINS_S = 20.0
 
 
 class Supervisor:
@@ -58,22 +52,63 @@ class Supervisor:
         """Serve until a signal arrives. Raises StartError if the server cannot start; then nothing is left running."""
         settings = self._settings
         make_private_dir(settings.home)
-        with _instance_lock(settings.home / "sandgate.lock", self._say) as lock:
-            _check_ports(settings)
+        with instance_lock(settings.home / "sandgate.lock", self._say) as lock:
+            check_ports(settings)
             adopt_orphans()
             self._handle_signals()
             began = time.monotonic()
-            credentials = await asyncio.to_thread(prepare, settings, self._say)
             keepers: list[asyncio.Task[None]] = []
             try:
-                self._children = self._make_children(lock)
-                ready = asyncio.create_task(self._start())
-                if await _first(ready, self._stop):
-                    keepers = [asyncio.create_task(child.keep_running(), name=child.name) for child in self._children]
-                    self._announce(credentials, time.monotonic() - began)
-                    await self._stop.wait()
+                credentials = await asyncio.to_thread(prepare, settings)
+                if await self._unless_stopped(self._build_templates()):
+                    self._children = self._make_children(lock)
+                    if await self._unless_stopped(self._start()):
+                        keepers = [asyncio.create_task(child.keep_running()) for child in self._children]
+                        self._announce(credentials, time.monotonic() - began)
+                        await self._stop.wait()
             finally:
                 await self._shut_down(keepers)
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Do it, unless the signal to stop comes first; then cancel it. Whether it was done. Raises what it raises."""
+        task = asyncio.create_task(work)
+        stopped = asyncio.create_task(self._stop.wait())
+        waiting: set[asyncio.Task[Any]] = {task, stopped}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            return False
+        try:
+            task.result()
+        except* StartError as group:
+            raise StartError("\n".join(str(error) for error in group.exceptions)) from None
+        return True
+
+    async def _build_templates(self) -> None:
+        """Build what is missing, in a process of its own, which can be stopped."""
+        if self._settings.driver != "gvisor" or not missing_templates(self._settings):
+            return
+        self._say("The default template is built now. That takes about a minute and happens once.")
+        builder = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-u", "-m", "gateway", "templates", "build"),
+            env={**os.environ, **self._settings.environment()},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=dying_with(os.getpid(), signal.SIGINT),
+        )
+        try:
+            while builder.stdout is not None and (line := await builder.stdout.readline()):
+                self._say(f"  {line.decode(errors='replace').rstrip()}")
+            if await builder.wait() != 0:
+                raise StartError("The default template could not be built; the reason is above.")
+        finally:
+            if builder.returncode is None:
+                builder.send_signal(signal.SIGINT)
+                await builder.wait()
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -109,7 +144,8 @@ class Supervisor:
         metrics_dir = settings.run_dir / "metrics"
         shutil.rmtree(metrics_dir, ignore_errors=True)
         make_private_dir(metrics_dir)
-        environ = {**os.environ, **settings.environment(), "PROMETHEUS_MULTIPROC_DIR": str(metrics_dir)}
+        environ = {**os.environ, **settings.environment()}
+        api_environ = {**environ, "PROMETHEUS_MULTIPROC_DIR": str(metrics_dir)}
         try:
             plane = plane_path()
         except BinaryMissing as error:
@@ -125,20 +161,30 @@ class Supervisor:
         ]
         admin = split_address(settings.admin_listen)
 
-        def child(name: str, argv: list[str | Path], is_ready: Callable[[], Awaitable[bool]]) -> Child:
-            return Child(name, argv, environ, is_ready=is_ready, log=self._log_of(name), keep_fds=[lock])
-
         async def api_is_ready() -> bool:
             return await status_of(settings.api_socket, "/healthz") == 200
 
         async def plane_is_ready() -> bool:
             return await status_of(admin, "/healthz") == 200
 
+        async def hostd_is_ready() -> bool:
+            return await _hostd_answers(settings.hostd_socket)
+
         return [
-            child("hostd", [*sandgate, "run-hostd"], lambda: _hostd_is_ready(settings.hostd_socket)),
-            child("api", [*sandgate, "run-api"], api_is_ready),
-            child("plane", plane_argv, plane_is_ready),
+            self._child("hostd", [*sandgate, "run-hostd"], environ, hostd_is_ready, lock),
+            self._child("api", [*sandgate, "run-api"], api_environ, api_is_ready, lock),
+            self._child("plane", plane_argv, environ, plane_is_ready, lock),
         ]
+
+    def _child(
+        self,
+        name: str,
+        argv: list[str | Path],
+        environ: Mapping[str, str],
+        is_ready: Callable[[], Awaitable[bool]],
+        lock: int,
+    ) -> Child:
+        return Child(name, argv, environ, is_ready=is_ready, log=self._log_of(name), keep_fds=[lock])
 
     def _log_of(self, name: str) -> LogFile | None:
         if self._settings.log_to == "stderr":
@@ -194,81 +240,12 @@ async def _start_child(child: Child, timeout_s: float) -> None:
     await child.wait_ready(timeout_s)
 
 
-async def _first(ready: asyncio.Task[None], stop: asyncio.Event) -> bool:
-    """Whether `ready` came before the signal to stop. Raises StartError if starting failed."""
-    stopped = asyncio.create_task(stop.wait())
-    waiting: set[asyncio.Task[Any]] = {ready, stopped}
-    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    if not ready.done():
-        ready.cancel()
-        await asyncio.gather(ready, return_exceptions=True)
-        return False
-    try:
-        ready.result()
-    except* StartError as group:
-        raise StartError("\n".join(str(error) for error in group.exceptions)) from None
-    return True
-
-
-async def _hostd_is_ready(path: Path) -> bool:
+async def _hostd_answers(path: Path) -> bool:
     if not path.exists():
         return False
     try:
         async with HostClient(str(path)) as client:
             await client.host_info(deadline=asyncio.get_running_loop().time() + 1.0)
     except VmmError:
-        return False
-    return True
-
-
-def _check_ports(settings: Settings) -> None:
-    for name in ("listen", "admin_listen"):
-        address = getattr(settings, name)
-        host, port = split_address(address)
-        try:
-            family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, kind) as listener:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listener.bind(where)
-                listener.listen(1)
-        except OSError as error:
-            raise StartError(
-                f"{env_name(name)}={address}: {error.strerror or error}.\n"
-                f"Stop what uses it, or choose another: {env_name(name)}={host}:{port + 1} sandgate serve"
-            ) from error
-
-
-@contextlib.contextmanager
-def _instance_lock(path: Path, say: Callable[[str], None]) -> Iterator[int]:
-    """Hold the data directory. The children inherit the lock: it is free when the last of them has ended.
-
-    Raises StartError if another instance runs, or if the remains of a killed one do not end.
-    """
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        until = time.monotonic() + _REMAINS_S
-        while not _try_lock(lock):
-            holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
-            if holder.isdecimal() and is_running(int(holder)):
-                raise StartError(
-                    f"Another sandgate (process {holder}) serves {path.parent}.\n"
-                    f"Stop it with `kill {holder}`, or give this one a data directory of its own by SANDGATE_HOME."
-                )
-            if time.monotonic() > until:
-                raise StartError(f"Processes of a killed sandgate still hold {path}; `fuser {path}` lists them.")
-            say("Waiting for the remains of a killed instance to end.")
-            time.sleep(0.5)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, str(os.getpid()).encode(), 0)
-        yield lock
-    finally:
-        os.close(lock)
-
-
-def _try_lock(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
         return False
     return True
