@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
@@ -42,9 +42,9 @@ class Context:
             raise not_running(sandbox)
         return sandbox
 
-    async def agent(self, principal: Principal, sandbox_id: str) -> Agent:
-        """The agent of one that runs. Raises sandbox_not_found or sandbox_not_running."""
-        return self.host.agent((await self.running(principal, sandbox_id)).id)
+    async def agent(self, principal: Principal, sandbox_id: str, *, roots: Sequence[str] | None = None) -> Agent:
+        """The agent of one that runs, confined to `roots` if given. Raises sandbox_not_found, sandbox_not_running."""
+        return self.host.agent((await self.running(principal, sandbox_id)).id, roots=roots)
 
 
 def owned(sandbox: Sandbox | None, principal: Principal) -> Sandbox:

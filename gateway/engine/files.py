@@ -21,7 +21,7 @@ from gateway.commands import (
     WriteFiles,
 )
 from gateway.engine.context import Context
-from gateway.engine.paths import readable, writable
+from gateway.engine.paths import WRITE_ROOTS, readable, writable
 from gateway.engine.translate import from_vmm, vmm_errors
 from gateway.errors import GatewayError, invalid
 from gateway.resources import FileChange, FileEntry, FileTree, Principal
@@ -44,7 +44,7 @@ class FileService:
     async def write_file(self, principal: Principal, command: WriteFile) -> FileEntry:
         """Replace a file atomically. Raises disk_full, permission_denied."""
         path = writable(command.path)
-        agent = await self._context.agent(principal, command.sandbox_id)
+        agent = await self._context.agent(principal, command.sandbox_id, roots=WRITE_ROOTS)
         with vmm_errors():
             return await _write(agent, path, command.content, command.mode)
 
@@ -52,7 +52,7 @@ class FileService:
         self, principal: Principal, command: WriteFiles
     ) -> list[tuple[str, FileEntry | GatewayError]]:
         """Write several files; what became of each, in the order given."""
-        agent = await self._context.agent(principal, command.sandbox_id)
+        agent = await self._context.agent(principal, command.sandbox_id, roots=WRITE_ROOTS)
         width = asyncio.Semaphore(_BATCH_WIDTH)
 
         async def write(path: str, content: bytes) -> FileEntry | GatewayError:
@@ -110,35 +110,35 @@ class FileService:
     async def make_directory(self, principal: Principal, command: MakeDirectory) -> FileEntry:
         """Make a directory; with parents, an existing one is no error."""
         path = writable(command.path)
-        agent = await self._context.agent(principal, command.sandbox_id)
+        agent = await self._context.agent(principal, command.sandbox_id, roots=WRITE_ROOTS)
         with vmm_errors():
             return file_entry(await agent.mkdir(path, mode=command.mode, parents=command.parents))
 
     async def rename_path(self, principal: Principal, command: RenamePath) -> FileEntry:
         """Move within the sandbox."""
         source, destination = writable(command.source), writable(command.destination)
-        agent = await self._context.agent(principal, command.sandbox_id)
+        agent = await self._context.agent(principal, command.sandbox_id, roots=WRITE_ROOTS)
         with vmm_errors():
             return file_entry(await agent.rename(source, destination))
 
     async def copy_path(self, principal: Principal, command: CopyPath) -> FileEntry:
         """Copy within the sandbox."""
-        source, destination = readable(command.source), writable(command.destination)
-        agent = await self._context.agent(principal, command.sandbox_id)
+        source, destination = writable(command.source), writable(command.destination)
+        agent = await self._context.agent(principal, command.sandbox_id, roots=WRITE_ROOTS)
         with vmm_errors():
             return file_entry(await agent.copy(source, destination, recursive=command.recursive))
 
     async def change_mode(self, principal: Principal, command: ChangeMode) -> FileEntry:
         """Change permission bits."""
         path = writable(command.path)
-        agent = await self._context.agent(principal, command.sandbox_id)
+        agent = await self._context.agent(principal, command.sandbox_id, roots=WRITE_ROOTS)
         with vmm_errors():
             return file_entry(await agent.chmod(path, command.mode, recursive=command.recursive))
 
     async def remove_path(self, principal: Principal, command: RemovePath) -> int:
         """Remove a file, or a directory with what is in it; how many entries went."""
         path = writable(command.path)
-        agent = await self._context.agent(principal, command.sandbox_id)
+        agent = await self._context.agent(principal, command.sandbox_id, roots=WRITE_ROOTS)
         with vmm_errors():
             return await agent.remove(path, recursive=command.recursive)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from gateway.events import EventLog
 from gateway.resources import Principal, Sandbox, SandboxState
 from gateway.settings import Settings
 from gateway.store import Database, migrate, open_database, sandboxes, workspaces
+from tests.support.host import HostProcess, machine_spec
 from vmm.client import HostClient
 from vmm.drivers.fake import FakeDriver
 from vmm.host.config import HostConfig
@@ -115,3 +116,41 @@ async def engine(
     """An engine with a host of fake machines."""
     async with HostClient(str(tmp_path / "hostd.sock")) as host:
         yield Engine(Context(database, host, routes, EventLog(database, routes.poke), settings))
+
+
+@pytest.fixture(scope="session")
+def host_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostProcess]:
+    """A hostd with gVisor machines, shared by the tests of this process."""
+    process = HostProcess(tmp_path_factory.mktemp("hostd"))
+    asyncio.run(process.start())
+    yield process
+    asyncio.run(process.__aexit__(None, None, None))
+
+
+@pytest.fixture(scope="module")
+def machine_id(host_process: HostProcess) -> str:
+    """A gVisor machine, shared by the tests of a module: each makes directories and processes of its own."""
+    spec = machine_spec()
+
+    async def create() -> None:
+        async with host_process.client() as host:
+            await host.create_machine(spec)
+
+    asyncio.run(create())
+    return spec.id
+
+
+@pytest.fixture
+async def real(
+    host_process: HostProcess, database: Database, routes: Recorder, settings: Settings
+) -> AsyncIterator[Engine]:
+    """An engine with a host of gVisor machines."""
+    async with host_process.client() as host:
+        own = replace(settings, default_template="miosa-sandbox")
+        yield Engine(Context(database, host, routes, EventLog(database, routes.poke), own))
+
+
+@pytest.fixture
+async def box(real: Engine, principal: Principal, machine_id: str) -> Sandbox:
+    """The module's machine as a sandbox of the caller."""
+    return await put_running(real, principal, id=machine_id)

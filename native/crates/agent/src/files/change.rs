@@ -51,7 +51,9 @@ fn checked_mode(mode: u32) -> OpResult<Mode> {
 
 #[derive(Deserialize)]
 pub struct Rename {
+    #[serde(rename = "source")]
     from: String,
+    #[serde(rename = "destination")]
     to: String,
     #[serde(default = "yes")]
     overwrite: bool,

@@ -22,7 +22,9 @@ const SOURCE: OFlag = OFlag::O_RDONLY.union(OFlag::O_NONBLOCK).union(OFlag::O_NO
 
 #[derive(Deserialize)]
 pub struct Copy {
+    #[serde(rename = "source")]
     from: String,
+    #[serde(rename = "destination")]
     to: String,
     #[serde(default)]
     recursive: bool,
