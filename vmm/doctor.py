@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmm import programs
 from vmm.drivers.gvisor import cgroups, firewall, runsc, syscalls
 from vmm.drivers.gvisor.disk import make_disk
 from vmm.host.machines import available_memory_bytes
@@ -48,7 +49,7 @@ def diagnose(*, cache: Path, ports: Sequence[tuple[str, int]] = ()) -> list[Find
         _forwarding,
         _resolvers,
         lambda: _disks(cache),
-        _mmdebstrap,
+        _builders,
         lambda: _disk_space(cache),
         _memory,
         _kvm,
@@ -107,7 +108,7 @@ def _cgroups() -> Finding:
 def _nft() -> Finding:
     fix = "`apt-get install nftables`; in a container, give it CAP_NET_ADMIN"
     try:
-        subprocess.run(["nft", "list", "tables"], capture_output=True, timeout=10, check=True)
+        subprocess.run([programs.find("nft") or "nft", "list", "tables"], capture_output=True, timeout=10, check=True)
     except FileNotFoundError:
         return Finding("nftables", False, "nft is not installed", fix)
     except subprocess.SubprocessError as error:
@@ -143,10 +144,11 @@ def _disks(cache: Path) -> Finding:
     return Finding("machine disks", True, "can be made")
 
 
-def _mmdebstrap() -> Finding:
-    is_ok = shutil.which("mmdebstrap") is not None
-    what = "mmdebstrap is there" if is_ok else "mmdebstrap, which builds templates, is not installed"
-    return Finding("mmdebstrap", is_ok, what, "`apt-get install mmdebstrap`")
+def _builders() -> Finding:
+    needed = {"mmdebstrap": "mmdebstrap", "mkfs.erofs": "erofs-utils"}
+    missing = {program: package for program, package in needed.items() if programs.find(program) is None}
+    what = f"{', '.join(missing)} not installed" if missing else "templates can be built"
+    return Finding("template builders", not missing, what, f"`apt-get install {' '.join(missing.values())}`")
 
 
 def _disk_space(cache: Path) -> Finding:

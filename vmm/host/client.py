@@ -17,7 +17,7 @@ import orjson
 from native import frames
 from native.frames import Frame
 from vmm.errors import LinkError, MachineError, VmmError
-from vmm.host.line import LineStream
+from vmm.host.line import AgentLine, LineStream
 from vmm.host.machine import Machine
 from vmm.host.operations import Host
 from vmm.link import VERSION
@@ -52,6 +52,7 @@ class Client:
         self._is_greeted = False
         self._streams: dict[int, _Open] = {}
         self._stall: asyncio.TimerHandle | None = None
+        self._stalled: set[AgentLine] = set()
 
     def forget(self, stream_id: int) -> None:
         """A stream is over."""
@@ -117,14 +118,21 @@ class Client:
             self._end_stall()
         elif self._stall is None:
             self._stall = asyncio.get_running_loop().call_later(_STALL_TIMEOUT_S, self._cut)
-        for stream in self._streams.values():
-            if isinstance(stream, _Splice):
-                stream.set_stalled(not is_writable)
+            for stream in self._streams.values():
+                if isinstance(stream, _Splice):
+                    self.stall(stream.machine.line)
+
+    def stall(self, line: AgentLine) -> None:
+        """Have a line wait until we can take more."""
+        self._stalled.add(line)
+        line.stall(self)
 
     def _end_stall(self) -> None:
         if self._stall is not None:
             self._stall.cancel()
             self._stall = None
+        while self._stalled:
+            self._stalled.pop().resume(self)
 
     def _cut(self) -> None:
         logger.warning("cut a client that took nothing for %.0f s", _STALL_TIMEOUT_S)
@@ -189,7 +197,7 @@ class _Splice:
     def __init__(self, client: Client, stream_id: int, machine: Machine, op: Mapping[str, Any]) -> None:
         self._client = client
         self._id = stream_id
-        self._machine = machine
+        self.machine = machine
         self._is_active = not op.get("passive", False)
         # A command that runs in the foreground may be silent for long and is still being waited for.
         self._keeps_busy = self._is_active and op.get("op") == "exec" and not (op.get("pty") or op.get("background"))
@@ -197,17 +205,17 @@ class _Splice:
 
     def open(self, payload: bytes) -> None:
         """Pass the OPEN on. Raises MachineError when the machine has ended."""
-        self._line = self._machine.line.open(self, payload)
-        self._machine.busy += self._keeps_busy
+        self._line = self.machine.line.open(self, payload)
+        self.machine.busy += self._keeps_busy
         if self._is_active:
-            self._machine.touch()
+            self.machine.touch()
         if not self._client.wire.is_writable:
-            self.set_stalled(True)
+            self._client.stall(self.machine.line)
 
     def send(self, frame: Frame) -> None:
         """From the client to the agent."""
         if frame[0] == frames.DATA and self._is_active:
-            self._machine.touch()
+            self.machine.touch()
         self._line.send(frame)
         if frame[0] == frames.CLOSE:
             self._end()
@@ -228,19 +236,12 @@ class _Splice:
         self._line.send((frames.CLOSE, 0, self._line.id, 0, b""))
         self._end()
 
-    def set_stalled(self, is_stalled: bool) -> None:
-        """The client cannot take more at the moment, or can again."""
-        if is_stalled:
-            self._machine.line.stall(self._client)
-        else:
-            self._machine.line.resume(self._client)
-
     def _end(self) -> None:
         self._client.forget(self._id)
         if self._keeps_busy:
             self._keeps_busy = False
-            self._machine.busy -= 1
-            self._machine.touch()
+            self.machine.busy -= 1
+            self.machine.touch()
 
 
 def _decode(payload: bytes) -> dict[str, Any]:

@@ -194,6 +194,8 @@ class AgentLine:
             wire.abort()
             raise
         self._wire = wire
+        if self._stalled_by:
+            wire.pause_reading()
         self.is_up.set()
         self._flush()
 

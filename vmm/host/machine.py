@@ -103,15 +103,14 @@ class Machine:
         await self._save()
         boot = asyncio.create_task(self._bring_up(), name=f"boot {self.id}")
         boot.add_done_callback(lambda _: self._signal.set())
-        while not boot.done():
+        while not boot.done() and self._stop is None:
             await self._signal.wait()
             self._signal.clear()
-            if self._stop is not None and not boot.done():
-                boot.cancel()
-                await asyncio.wait([boot])
         if self._stop is not None:
+            boot.cancel()
+            await asyncio.wait([boot])
             return self._stop
-        boot.result()
+        await boot
         record = self.record
         record.started_at = record.last_active_at = time.time()
         record.boot_ms = (time.monotonic() - began) * 1000
@@ -201,9 +200,7 @@ class Machine:
 
     async def _destroy(self) -> str | None:
         """Free everything; returns what was left, or None. The record then stays `stopping`, for the next start."""
-        with contextlib.suppress(MachineError):
-            ended = asyncio.create_task(self._driver.wait(self.id))
-            ended.add_done_callback(lambda _: self.dead.set())
+        dying = asyncio.create_task(self._die())
         left = None
         for attempt in range(_DESTROY_ATTEMPTS):
             try:
@@ -216,8 +213,14 @@ class Machine:
                 left = None
                 break
         self.dead.set()
-        ended.cancel()
+        dying.cancel()
         return left
+
+    async def _die(self) -> None:
+        """The sandbox ends well before all it held is free; whoever asked for the end need not wait for that."""
+        with contextlib.suppress(MachineError):
+            await self._driver.wait(self.id)
+        self.dead.set()
 
     async def _save(self) -> None:
         try:
@@ -227,7 +230,8 @@ class Machine:
 
     def _tell(self) -> None:
         record = self.record
-        logger.info("machine %s is %s%s", self.id, record.state, f" ({record.cause})" if record.cause else "")
+        why = ": ".join(filter(None, (record.cause, record.detail)))
+        logger.info("machine %s is %s%s", self.id, record.state, f" ({why})" if why else "")
         self._on_change(record.info())
 
 

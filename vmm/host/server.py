@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import resource
 import secrets
 import socket
 import time
@@ -29,6 +30,7 @@ async def serve(config: HostConfig, driver: Driver, *, ready: Callable[[], None]
 
     Raises MachineError(`driver_failed`) when the host cannot run machines or another hostd uses the data directory.
     """
+    _raise_file_limit()
     with _only_one(config.home / "host"):
         machines = Machines(config, driver)
         clients: set[Client] = set()
@@ -51,6 +53,12 @@ async def serve(config: HostConfig, driver: Driver, *, ready: Callable[[], None]
             await asyncio.shield(machines.close())
             for client in list(clients):
                 client.wire.close()
+
+
+def _raise_file_limit() -> None:
+    """Each machine and each client takes a few descriptors; what the host allows at most is rarely the default."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """The OCI configuration of a machine.
 
-The template's root file system is shared by all machines and only read; gVisor lays the machine's own disk over it.
-Nothing of the host is mounted into a machine. Its names (`/etc/hosts`, `/etc/hostname`, `/etc/machine-id`,
-`/etc/resolv.conf`) are written through its agent once that answers, not mounted: so they lie in the writable layer,
-travel in snapshots, and a restored copy gets its own by the same call.
+The template's image is shared by all machines and only read; gVisor lays the machine's own disk over it. Nothing of
+the host is mounted into a machine. Its names (`/etc/hosts`, `/etc/hostname`, `/etc/machine-id`, `/etc/resolv.conf`) are
+written through its agent once that answers, not mounted: so they lie in the writable layer, travel in snapshots, and a
+restored copy gets its own by the same call.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from vmm.types import MachineSpec
 
-#: What a container's root may do by convention, minus raw sockets: those would let a guest forge packets. gVisor grants
-#: them inside the sandbox only; the host never sees them.
+#: What a container's root may do by convention, minus raw sockets, which would let a guest forge packets, plus
+#: SYS_ADMIN, without which the agent could not set the host name. gVisor grants them inside the sandbox only.
 _CAPABILITIES = [
     "CAP_AUDIT_WRITE",
     "CAP_CHOWN",
@@ -27,6 +27,7 @@ _CAPABILITIES = [
     "CAP_SETGID",
     "CAP_SETPCAP",
     "CAP_SETUID",
+    "CAP_SYS_ADMIN",
     "CAP_SYS_CHROOT",
     "CAP_SYS_PTRACE",
 ]
@@ -39,16 +40,15 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _OPEN_FILES_MAX = 65_536
 
 
-def make(spec: MachineSpec, *, rootfs: str, agent: str, token: str, namespace: str, cgroup: str) -> dict[str, Any]:
-    """Build the configuration.
+def make(spec: MachineSpec, *, agent: str, token: str, namespace: str, cgroup: str) -> dict[str, Any]:
+    """Build the configuration, all but where the root file system comes from: how that is said is runsc's own.
 
-    rootfs: path of the template on the host.  agent: path of the agent inside it.  namespace: path of the network
-    namespace.  cgroup: path of the machine's group below each tree.
+    agent: path of the agent in the template.  namespace: path of the network namespace.  cgroup: path of the machine's
+    group below each tree.
     """
     return {
         "ociVersion": "1.0.2",
         "hostname": spec.hostname,
-        "root": {"path": rootfs, "readonly": False},
         "process": {
             "args": [agent],
             "cwd": "/",

@@ -18,6 +18,7 @@ import os
 import subprocess
 from pathlib import Path
 
+from vmm import programs
 from vmm.drivers.gvisor import syscalls
 
 _MKFS_TIMEOUT_S = 30
@@ -63,7 +64,7 @@ def make_disk(directory: Path, size_bytes: int) -> Disk:
 
 def _format(image: int) -> None:
     # A journal would only slow down what never survives a crash; sixteen inodes are plenty for one filestore.
-    command = ["mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", "-N", "16"]
+    command = [programs.find("mkfs.ext4") or "mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", "-N", "16"]
     command += ["-O", "^has_journal,^resize_inode", "-E", "lazy_itable_init=1,nodiscard", f"/proc/self/fd/{image}"]
     try:
         done = subprocess.run(

@@ -151,13 +151,12 @@ class GvisorDriver:
         try:
             config = bundle.make(
                 spec,
-                rootfs=str(template.rootfs),
                 agent=template.agent,
                 token=token,
                 namespace=f"/proc/{os.getpid()}/fd/{supply.slot.namespace}",
                 cgroup=self._groups.path(spec.id),
             )
-            sandbox = self._runsc.create(spec.id, config, disk=supply.disk.path)
+            sandbox = self._runsc.create(spec.id, config, image=template.image, disk=supply.disk.path)
             self._runsc.start(spec.id, supply.slot)
             return sandbox
         finally:

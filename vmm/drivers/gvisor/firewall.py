@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from vmm import programs
 from vmm.errors import MachineError
 
 #: Never the internet: this host, private networks, shared address space, link-local (cloud metadata), protocol
@@ -137,7 +138,7 @@ def _elements(values: Iterable[str]) -> str:
 def _nft(arguments: Sequence[str], text: str) -> None:
     try:
         done = subprocess.run(
-            ["nft", *arguments],
+            [programs.find("nft") or "nft", *arguments],
             input=text,
             capture_output=True,
             text=True,
