@@ -43,12 +43,27 @@ CODES: dict[str, str] = {
     "driver_failed": "boot_failed",
     "link_lost": "host_unavailable",
     "host_unreachable": "host_unavailable",
+    "no_answer": "timeout",
 }
+
+#: What strangers are told where the machine layer speaks of machines, which they know nothing about.
+_MESSAGES: dict[str, str] = {
+    "machine_not_found": "The sandbox is not running any more",
+    "machine_not_running": "The sandbox is not running any more",
+    "agent_unreachable": "The sandbox's agent does not answer",
+    "link_lost": "The connection to the sandbox's host broke",
+    "host_unreachable": "The sandbox's host does not answer",
+}
+#: Codes whose `detail` is the cause and may be shown.
+_WITH_CAUSE = frozenset({"machine_not_running", "agent_unreachable"})
 
 
 def from_vmm(error: VmmError) -> GatewayError:
     """The gateway's error for one of the machine layer. An unknown code is a fault of ours."""
-    return GatewayError(CODES.get(error.code, "internal"), error.message)
+    message = _MESSAGES.get(error.code, error.message)
+    if error.code in _WITH_CAUSE and error.detail:
+        message = f"{message} ({error.detail})"
+    return GatewayError(CODES.get(error.code, "internal"), message.rstrip(".") + ".")
 
 
 @contextmanager
