@@ -3,61 +3,67 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
 
 from gateway.dialects.miosa.dialect import PREFIX
+from gateway.dialects.miosa.errors import TABLE
 from gateway.dialects.miosa.route import Route
 from gateway.dialects.miosa.routes import FAMILIES, SOCKETS
+from gateway.errors import CODES
+from gateway.pipeline import SocketOperation
 
-_INTRODUCTION = f"""\
+_HEAD = f"""\
 # The MIOSA API
 
-What this server offers of it, below `{PREFIX}`. Every field is described in the OpenAPI document at \
-`{PREFIX}/openapi.json`, with a page to browse it at `{PREFIX}/docs`. This page is printed from the same route table \
-by `make docs`.
+Printed by `python -m gateway.dialects.miosa.reference` from the tables in the code.
 
-- **Keys** go into `Authorization: Bearer msk_live_…`. A key has scopes; the table names the one that a route asks \
-for, `*` stands for any valid key, `–` for none at all.
-- **Objects** come as `{{…object, "data": object}}`, **lists** as `{{"data": […], "page": {{…}}}}`, **errors** as \
-[errors.md](errors.md) says.
-- **Idempotency**: a change with an `Idempotency-Key` (any text) happens once. Repeated within 24 hours it gets the \
-first answer again, byte for byte; the same key with another request is refused.
-- **Rate**: `X-RateLimit-Limit`, `-Remaining` and `-Reset` are on every answer, `Retry-After` on a 429. All keys of a \
-workspace share one budget.
-- **Long commands** get their status line early and white space while they run, so that no timer in between expires; \
-the JSON body follows when they end.
-- The prefix may be missing or doubled, as some clients send it. An unknown route answers 404 in JSON.
+All paths stand below `{PREFIX}`. Fields of bodies and answers are in the OpenAPI document that the server gives at
+`{PREFIX}/openapi.json`, and can be read at `{PREFIX}/docs`. Send `Authorization: Bearer <key>`.
+
+- One object comes as `{{…object, "data": object}}`, a list as `{{"data": […], "page": {{page, page_size, total}}}}`.
+- Lists take `page` with `page_size`, `per_page` or `limit`, or `offset` with `limit`; 20 items unless said otherwise,
+  100 for client libraries that do not page.
+- Every change takes an `Idempotency-Key` of any form; the same request with it gets the same answer for 24 hours.
+- Every answer has an `X-Request-Id`, and `X-RateLimit-Limit`, `-Remaining` and `-Reset`.
+- Commands that take long answer 200 at once and send a space every five seconds ahead of the JSON.
+- Streams are server-sent events with the kind in `event:` and as `type` in the data; `: heartbeat` fills pauses.
+"""
+
+_TABLE_HEAD = "| request | scope | what it does |\n|---|---|---|\n"
+
+_ERRORS = """\
+## Errors
+
+`{"error": {"code", "message", "request_id", "details"?, "retry_after"?}}`, with the inner fields repeated beside it.
+
+| status | code | meaning |
+|---|---|---|
 """
 
 
 def as_markdown() -> str:
-    """The whole page."""
-    parts = [_INTRODUCTION]
-    for family, routes in FAMILIES.items():
-        parts.append(f"## {family}\n\n| route | scope | answers | what |\n|---|---|---|---|")
-        parts.extend(_row(route) for route in routes)
-        parts.append("")
-    parts.append("## WebSockets\n\n| route | scope | what |\n|---|---|---|")
-    parts.extend(f"| `{socket.path}` | {_scope(socket.scope)} | {_summary(socket.handler)} |" for socket in SOCKETS)
-    return "\n".join(parts) + "\n"
+    """The whole document."""
+    families = [f"## {family}\n\n{_TABLE_HEAD}{''.join(map(_row, routes))}" for family, routes in FAMILIES.items()]
+    families.append(f"## WebSockets\n\n{_TABLE_HEAD}{''.join(map(_socket_row, SOCKETS))}")
+    rows = sorted((status, code, CODES[ours].meaning) for ours, (status, code) in TABLE.items())
+    errors = _ERRORS + "".join(f"| {status} | `{code}` | {meaning} |\n" for status, code, meaning in rows)
+    return "\n".join([_HEAD, *families, errors])
 
 
 def _row(route: Route) -> str:
-    scope = "–" if route.terms.get("public") else _scope(route.scope)
-    return f"| `{route.method} {route.path}` | {scope} | {_answer(route)} | {_summary(route.handler)} |"
+    scope = "–" if route.scope is None else f"`{route.scope}`"
+    return f"| `{route.method} {route.path}` | {scope} | {_summary(route.handler)} |\n"
 
 
-def _scope(scope: str | None) -> str:
-    return f"`{scope}`" if scope else "`*`"
+def _socket_row(socket: SocketOperation) -> str:
+    return f"| `{socket.path}` | `{socket.scope}` | {_summary(socket.handler)} |\n"
 
 
-def _answer(route: Route) -> str:
-    kind = {"one": "object", "many": "list", "nothing": "", "raw": f"`{route.answer.media_type}`"}[route.answer.shape]
-    return f"{route.answer.status} {kind}".rstrip()
-
-
-def _summary(handler: object) -> str:
-    return inspect.cleandoc(getattr(handler, "__doc__", None) or "").partition("\n")[0].replace("|", "\\|")
+def _summary(handler: Callable[..., Any]) -> str:
+    return inspect.cleandoc(handler.__doc__ or "").partition("\n")[0]
 
 
 if __name__ == "__main__":
-    print(as_markdown(), end="")
+    sys.stdout.write(as_markdown())
