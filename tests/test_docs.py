@@ -81,6 +81,15 @@ def test_every_error_code_is_documented() -> None:
     ]
 
 
+def test_every_failure_of_a_preview_is_documented() -> None:
+    source = (ROOT / "native/crates/plane/src/failure.rs").read_text()
+    codes = re.findall(r'row\(\s*"(\w+)",\s*\d{3},', source)
+    document = (ROOT / "docs/previews.md").read_text()
+
+    assert len(codes) > 10
+    assert [code for code in codes if f"`{code}`" not in document] == []
+
+
 @pytest.mark.parametrize(
     ("name", "printed"),
     [
