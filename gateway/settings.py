@@ -75,7 +75,9 @@ class Settings:
         60.0
     )
     exec_timeout_max_s: Annotated[float, Row("Longest timeout a command may ask for.", least=1)] = 3600.0
-    json_body_bytes_max: Annotated[int, Row("Largest JSON body.", least=1024)] = 10_000_000
+    json_body_bytes_max: Annotated[
+        int, Row("Largest body that is read as a whole: a file of 10 MiB in base64, and some more.", least=1024)
+    ] = 16 * 1024**2
     upload_bytes_max: Annotated[int, Row("Largest streamed upload.", least=1024)] = 2 * 1024**3
     rate_limit_per_minute: Annotated[int, Row("Requests a workspace may make per minute; 0: no limit.", least=0)] = 300
     auth_failures_per_minute: Annotated[

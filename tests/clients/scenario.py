@@ -252,7 +252,7 @@ class Scenario:
         hasty = miosa.Miosa(api_key=self.other_key, base_url=self.base_url, max_retries=0)
 
         def use_up() -> None:
-            for _ in range(1000):
+            for _ in range(5000):
                 hasty.sandboxes.list()
 
         limited = raised(errors.RateLimitError, use_up)

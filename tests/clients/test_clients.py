@@ -1,0 +1,63 @@
+"""Every supported release of the `miosa` package against a real server, unmodified, in an environment of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.support.server import ROOT, ServerProcess
+
+VERSIONS = ["1.0.0", "1.1.0", "1.3.8", "2.19.2"]
+SCENARIO = Path(__file__).with_name("scenario.py")
+
+#: With the one each release makes, more than a page of the size clients get when they do not ask.
+_CROWD = 24
+_SCENARIO_S = 240
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    # Four users of one workspace at once need more than the usual 300 requests a minute.
+    with ServerProcess(tmp_path_factory.mktemp("clients"), rate_limit_per_minute=1000) as server:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: make_sandbox(server), range(_CROWD)))
+        yield server
+
+
+@pytest.fixture(scope="module")
+def runs(server: ServerProcess) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """All releases at once: they wait for each other's sandboxes more than they work."""
+    subprocess.run([ROOT / "scripts/client-envs"], check=True, stdout=sys.stderr, timeout=600)
+    started = {version: start(version, server) for version in VERSIONS}
+    yield started
+    for process in started.values():
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def make_sandbox(server: ServerProcess) -> None:
+    headers = {"authorization": f"Bearer {server.api_key}", "content-type": "application/json"}
+    body = b'{"memory_mb": 256, "timeout_sec": 1800}'
+    request = urllib.request.Request(f"{server.base_url}/sandboxes", body, headers, method="POST")
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        assert answer.status == 201
+
+
+def start(version: str, server: ServerProcess) -> subprocess.Popen[str]:
+    python = ROOT / ".build/clients" / version / "bin/python"
+    arguments = [server.base_url, server.api_key, server.make_key(f"hasty {version}")]
+    return subprocess.Popen([python, SCENARIO, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_scenario(version: str, runs: dict[str, subprocess.Popen[str]], server: ServerProcess) -> None:
+    output, _ = runs[version].communicate(timeout=_SCENARIO_S)
+    assert runs[version].returncode == 0, f"{output}\n{server.logs()}"
+    assert "ok destroy" in output
