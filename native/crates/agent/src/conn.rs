@@ -230,6 +230,7 @@ impl Conn {
         if let Some(at) = self.unacked.iter().position(|(other, _)| *other == stream) {
             if let Some((_, serial)) = self.unacked.remove(at) {
                 core.processes.acknowledged(serial);
+                self.sender.frame(Kind::Close, stream, &[]);
             }
         }
     }

@@ -44,7 +44,7 @@ pub fn open(key: StreamKey, payload: &[u8], core: &mut Core) -> OpResult<Opened>
         "exec" => exec(key, parse(payload)?, core),
         "attach" => attach(key, &parse(payload)?, core),
         "processes" => Ok(Opened::Reply(processes(core)?)),
-        "process" => Ok(Opened::Reply(to_json(&Record::of(core.processes.find(&parse(payload)?)?))?)),
+        "process" => describe(&parse(payload)?, core),
         "signal" => send_signal(&parse(payload)?, core),
         "stdin" => write_stdin(&parse(payload)?, core),
         "identity" => set_identity(parse(payload)?, core),
@@ -235,8 +235,18 @@ fn attach(key: StreamKey, arguments: &Attach, core: &mut Core) -> OpResult<Opene
     attach_to(serial, key, Asked::Attach, arguments.follow, from, core)
 }
 
+/// A record has a pid: what its thread is still starting is no process yet.
+fn describe(wanted: &Wanted, core: &mut Core) -> OpResult<Opened> {
+    let process = core.processes.find(wanted)?;
+    if process.state == State::Starting {
+        return Err(OpError::new(Code::NoSuchProcess, "the process is only starting"));
+    }
+    Ok(Opened::Reply(to_json(&Record::of(process))?))
+}
+
 fn processes(core: &Core) -> OpResult<Vec<u8>> {
-    let records: Vec<_> = core.processes.all().into_iter().map(Record::of).collect();
+    let all = core.processes.all().into_iter();
+    let records: Vec<_> = all.filter(|process| process.state != State::Starting).map(Record::of).collect();
     to_json(&json!({"processes": records}))
 }
 

@@ -143,9 +143,10 @@ fn close_if_over(process: &mut Process, key: StreamKey, sender: &mut Sender) -> 
     if !over {
         return Advance::Idle;
     }
-    if let Some(exit) = exit.as_ref().filter(|_| finished) {
-        sender.frame(Kind::Event, key.stream, exit.to_event().to_string().as_bytes());
+    match exit.as_ref().filter(|_| finished) {
+        // CLOSE answers the client's ACK: whoever relays the stream forgets it at a CLOSE, and the ACK has to pass.
+        Some(exit) => sender.frame(Kind::Event, key.stream, exit.to_event().to_string().as_bytes()),
+        None => sender.frame(Kind::Close, key.stream, &[]),
     }
-    sender.frame(Kind::Close, key.stream, &[]);
     Advance::Done
 }
