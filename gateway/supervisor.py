@@ -36,6 +36,12 @@ _REAP_EVERY_S = 0.5
 #: hostd needs a while to end hundreds of machines.
 _HOSTD_STOP_S = 60.0
 
+#: A hostd that died is started again and adopts what runs, before it can be stopped in order.
+_HOSTD_BACK_S = 10.0
+
+#: How long to wait for a hostd that died just before the end, so that it can end its machines.
+_HOSTD_BACK_S = 10.0
+
 
 class Supervisor:
     """One running server. say: tells the person at the terminal something, a line at a time."""
@@ -200,6 +206,8 @@ class Supervisor:
         settings = self._settings
         times_s = {"plane": settings.drain_timeout_s, "api": settings.drain_timeout_s + 1, "hostd": _HOSTD_STOP_S}
         for child in reversed(self._children):
+            if child.name == "hostd" and keepers:
+                await self._until_back(child)
             await child.stop(times_s[child.name], self._hurry)
         await asyncio.gather(*keepers, return_exceptions=True)
         reaper.cancel()
@@ -208,6 +216,14 @@ class Supervisor:
             _log.warning("%d processes were left behind and have been killed", left)
         for log in self._logs:
             log.close()
+
+    async def _until_back(self, hostd: Child) -> None:
+        """Wait for a hostd that has just died to serve again: only hostd can end the machines it left."""
+        until = time.monotonic() + _HOSTD_BACK_S
+        while not self._hurry.is_set() and time.monotonic() < until:
+            if hostd.pid is not None and await hostd.is_ready():
+                return
+            await asyncio.sleep(0.05)
 
     async def _reap_often(self) -> None:
         while True:
