@@ -1,6 +1,6 @@
 """The frame codec once more, in plain Python and as docs/protocol.md reads: the oracle of `native.frames`.
 
-It buffers everything and slices; slow and obvious is the point.
+It joins what is left with what is new and slices; as fast as plain Python gets without becoming hard to read.
 """
 
 from __future__ import annotations
@@ -45,34 +45,41 @@ class FrameDecoder:
     def feed(self, data: bytes) -> list[tuple[int, int, int, int, bytes]]:
         if self._is_broken:
             raise FrameError("an earlier frame on this connection was malformed")
-        self._buffer += data
+        buffer = self._buffer + data
+        at = 0
         frames = []
         try:
-            while (frame := self._next()) is not None:
-                frames.append(frame)
+            while (end := frame_end(buffer, at)) is not None:
+                frames.append(decode(buffer[at:end]))
+                at = end
         except FrameError:
             self._is_broken = True
             raise
+        self._buffer = buffer[at:]
         return frames
 
     @property
     def is_idle(self) -> bool:
         return not self._buffer
 
-    def _next(self) -> tuple[int, int, int, int, bytes] | None:
-        if len(self._buffer) < _HEAD.size:
-            return None
-        length, kind, channel, reserved, stream = _HEAD.unpack_from(self._buffer)
-        if reserved:
-            raise FrameError("the reserved field of a frame is not zero")
-        check(kind, length)
-        if len(self._buffer) < _HEAD.size + length:
-            return None
-        payload = self._buffer[_HEAD.size : _HEAD.size + length]
-        self._buffer = self._buffer[_HEAD.size + length :]
-        if kind in (DATA, END, CREDIT):
-            return kind, channel, stream, _OFFSET.unpack_from(payload)[0], payload[_OFFSET.size :]
-        return kind, channel, stream, 0, payload
+
+def frame_end(buffer: bytes, at: int) -> int | None:
+    """Where the frame that starts at `at` ends; None while it is not complete."""
+    if len(buffer) - at < _HEAD.size:
+        return None
+    length, kind, _, reserved, _ = _HEAD.unpack_from(buffer, at)
+    if reserved:
+        raise FrameError("the reserved field of a frame is not zero")
+    check(kind, length)
+    end = at + _HEAD.size + length
+    return end if end <= len(buffer) else None
+
+
+def decode(frame: bytes) -> tuple[int, int, int, int, bytes]:
+    _, kind, channel, _, stream = _HEAD.unpack_from(frame)
+    if kind in (DATA, END, CREDIT):
+        return kind, channel, stream, _OFFSET.unpack_from(frame, _HEAD.size)[0], frame[_HEAD.size + _OFFSET.size :]
+    return kind, channel, stream, 0, frame[_HEAD.size :]
 
 
 def encode(kind: int, channel: int, stream: int, payload: bytes = b"") -> bytes:
