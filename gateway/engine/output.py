@@ -104,7 +104,7 @@ def last_lines(chunks: Sequence[OutputChunk], count: int) -> list[OutputChunk]:
     """The end of some output from the line `count` before the last on; a line break at the very end opens none."""
     kept: list[OutputChunk] = []
     breaks = 0
-    for index, chunk in enumerate(reversed(chunks)):
+    for index, chunk in enumerate(reversed([chunk for chunk in chunks if chunk.data])):
         end = len(chunk.data) - (1 if index == 0 and chunk.data.endswith(b"\n") else 0)
         while (at := chunk.data.rfind(b"\n", 0, end)) >= 0:
             breaks += 1

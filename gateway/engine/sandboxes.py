@@ -73,7 +73,9 @@ class SandboxService:
 
     def _insert(self, connection: sa.Connection, wanted: Sandbox, *, has_slug: bool) -> Sandbox:
         existing = rows.get(connection, wanted.id)
-        if existing is not None and existing.state is not SandboxState.ERROR:
+        if existing is not None and not (
+            existing.state is SandboxState.ERROR and existing.workspace_id == wanted.workspace_id
+        ):
             return existing
         limit = self._context.settings.sandboxes_per_workspace
         if rows.count_living(connection, wanted.workspace_id) >= limit:
