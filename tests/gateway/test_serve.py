@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
-import os
 import signal
 import socket
 import stat
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
+from tests.support.server import ServerProcess
+
 TIMEOUT_S = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(condition: Callable[[], object], what: str) -> None:
@@ -44,80 +35,36 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-@dataclass
-class Server:
-    """`sandgate serve` in a process of its own."""
+class Server(ServerProcess):
+    """A server on fake machines."""
 
-    home: Path
-    ports: tuple[int, int] = field(default_factory=lambda: (free_port(), free_port()))
-    settings: dict[str, str] = field(default_factory=dict)
-    process: subprocess.Popen[str] | None = None
-
-    @property
-    def environ(self) -> dict[str, str]:
-        return {
-            **os.environ,
-            "SANDGATE_HOME": str(self.home),
-            "SANDGATE_LISTEN": f"127.0.0.1:{self.ports[0]}",
-            "SANDGATE_ADMIN_LISTEN": f"127.0.0.1:{self.ports[1]}",
-            "SANDGATE_DRIVER": "fake",
-            **self.settings,
-        }
-
-    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-m", "gateway", *arguments]
-        return subprocess.run(argv, env=self.environ, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-
-    def start(self) -> Server:
-        output = (self.home.parent / f"{self.home.name}.out").open("w")
-        argv = [sys.executable, "-m", "gateway", "serve"]
-        with output:
-            self.process = subprocess.Popen(
-                argv, env=self.environ, stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True
-            )
-        until(lambda: "is ready" in self.output or self.process.poll() is not None, "ready")
-        assert self.process.poll() is None, self.output
-        return self
-
-    @property
-    def output(self) -> str:
-        return (self.home.parent / f"{self.home.name}.out").read_text()
-
-    @property
-    def credentials(self) -> dict[str, str]:
-        return json.loads((self.home / "credentials.json").read_text())
+    def __init__(self, home: Path, **settings: Any) -> None:
+        super().__init__(home, driver="fake", **settings)
 
     def client(self) -> httpx.Client:
-        found = self.credentials
-        headers = {"authorization": f"Bearer {found['api_key']}"}
-        return httpx.Client(base_url=found["base_url"], headers=headers, timeout=TIMEOUT_S, trust_env=False)
+        headers = {"authorization": f"Bearer {self.api_key}"}
+        return httpx.Client(base_url=self.base_url, headers=headers, timeout=TIMEOUT_S, trust_env=False)
 
     def descendants(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+        return psutil.Process(self.pid).children(recursive=True)
 
     def child(self, word: str) -> psutil.Process:
-        children = psutil.Process(self.process.pid).children()
+        children = filter(is_alive, psutil.Process(self.pid).children())
         return next(child for child in children if any(word in part for part in child.cmdline()))
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(TIMEOUT_S)
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     server = Server(tmp_path / "home")
     yield server
-    if server.process is not None and server.process.poll() is None:
-        server.stop()
+    server.stop()
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One for the tests that leave it as it is."""
-    server = Server(tmp_path_factory.mktemp("shared") / "home")
-    yield server.start()
-    server.stop()
+    with Server(tmp_path_factory.mktemp("shared") / "home") as server:
+        yield server
 
 
 def test_serves_stops_and_leaves_nothing(server: Server) -> None:
@@ -132,7 +79,7 @@ def test_serves_stops_and_leaves_nothing(server: Server) -> None:
 
     assert stat.S_IMODE(server.home.stat().st_mode) == 0o700
     assert stat.S_IMODE((server.home / "credentials.json").stat().st_mode) == 0o600
-    assert server.credentials["api_key"] in server.output
+    assert f"API key        {server.api_key}" in server.log.read_text()
 
     processes = server.descendants()
     assert len(processes) >= 3
@@ -142,7 +89,7 @@ def test_serves_stops_and_leaves_nothing(server: Server) -> None:
 
 
 def test_health_is_public_and_the_rest_is_the_operators(shared: Server) -> None:
-    public, admin = (f"http://127.0.0.1:{port}" for port in shared.ports)
+    public, admin = shared.base_url.removesuffix("/api/v1"), shared.admin_url
     with httpx.Client(trust_env=False) as client:
         assert client.get(f"{public}/healthz").json() == {"status": "ok"}
         for path in ("/metrics", "/readyz"):
@@ -182,8 +129,7 @@ def test_killed_part_comes_back(server: Server, part: str) -> None:
 def test_killed_supervisor_takes_its_parts_along_and_the_next_one_starts(server: Server) -> None:
     server.start()
     processes = server.descendants()
-    server.process.kill()
-    server.process.wait()
+    server.kill()
     server.start()  # waits for the remains
 
     assert [process for process in processes if is_alive(process)] == []
@@ -192,11 +138,11 @@ def test_killed_supervisor_takes_its_parts_along_and_the_next_one_starts(server:
 
 def test_second_start_keeps_the_key(server: Server) -> None:
     server.start()
-    first = server.credentials
+    first = server.api_key
     server.stop()
     server.start()
 
-    assert server.credentials == first
+    assert server.api_key == first
     with server.client() as client:
         assert client.get("/sandboxes").status_code == 200
 
@@ -206,24 +152,23 @@ def test_second_instance_is_refused_with_the_first_ones_process(shared: Server) 
     refused = other.command("serve")
 
     assert refused.returncode == 1
-    assert f"process {shared.process.pid}" in refused.stderr
+    assert f"process {shared.pid}" in refused.stderr
     assert "SANDGATE_HOME" in refused.stderr
 
 
 def test_taken_port_is_named_with_the_way_out(server: Server) -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", server.ports[0]))
+        taken.bind(("127.0.0.1", server.port))
         taken.listen()
         refused = server.command("serve")
 
     assert refused.returncode == 1
-    assert f"SANDGATE_LISTEN=127.0.0.1:{server.ports[0]}: Address already in use" in refused.stderr
+    assert f"SANDGATE_LISTEN=127.0.0.1:{server.port}: Address already in use" in refused.stderr
     assert "or choose another" in refused.stderr
 
 
-def test_bad_setting_is_named(server: Server) -> None:
-    server.settings["SANDGATE_WORKERS"] = "many"
-    refused = server.command("serve")
+def test_bad_setting_is_named(tmp_path: Path) -> None:
+    refused = Server(tmp_path, workers="many").command("serve")
 
     assert (refused.returncode, refused.stderr) == (2, "sandgate: SANDGATE_WORKERS=many: must be a whole number\n")
 
@@ -258,12 +203,6 @@ def test_help_names_every_command(shared: Server) -> None:
     assert shared.command("version").stdout.strip()
 
 
-async def test_long_home_gets_a_short_run_directory(tmp_path: Path) -> None:
-    server = Server(tmp_path / ("long" * 25))
-    server.home.mkdir(parents=True)
-    server.start()
-    try:
-        with server.client() as client:
-            assert client.get("/sandboxes").status_code == 200
-    finally:
-        assert await asyncio.to_thread(server.stop) == 0, server.output
+def test_long_home_gets_a_short_run_directory(tmp_path: Path) -> None:
+    with Server(tmp_path / ("long" * 25)) as server, server.client() as client:
+        assert client.get("/sandboxes").status_code == 200

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: The first start builds the template, which takes a minute or two.
 _START_S = 600.0
 _STOP_S = 90.0
+_COMMAND_S = 60.0
 
 
 class ServerProcess:
@@ -60,18 +61,32 @@ class ServerProcess:
         credentials = json.loads((self.home / "credentials.json").read_bytes())
         self.base_url, self.api_key = credentials["base_url"], credentials["api_key"]
 
-    def stop(self) -> None:
-        """Let it end its sandboxes and itself."""
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Let it end its sandboxes and itself; its exit code, 0 if it did not run."""
         process, self._process = self._process, None
         if process is None:
-            return
-        process.send_signal(signal.SIGTERM)
+            return 0
+        process.send_signal(number)
         try:
-            process.wait(_STOP_S)
+            return process.wait(_STOP_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             raise
+
+    def kill(self) -> None:
+        """Kill the supervisor, and it alone."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run another subcommand of `sandgate` with the same settings."""
+        argv = self._sandgate(*arguments)
+        return subprocess.run(
+            argv, cwd=ROOT, env=self._environ, capture_output=True, text=True, timeout=_COMMAND_S, check=False
+        )
 
     @property
     def pid(self) -> int:
@@ -82,8 +97,8 @@ class ServerProcess:
 
     def make_key(self, workspace: str) -> str:
         """The secret of a new key in a workspace, which is made too if need be."""
-        argv = self._sandgate("keys", "create", "--workspace", workspace)
-        made = subprocess.run(argv, cwd=ROOT, env=self._environ, check=True, capture_output=True, text=True, timeout=60)
+        made = self.command("keys", "create", "--workspace", workspace)
+        made.check_returncode()
         return next(word for word in made.stdout.split() if word.startswith("msk_"))
 
     def logs(self) -> str:
