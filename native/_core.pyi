@@ -1,9 +1,6 @@
-"""The Rust extension. Import the facades instead (`native.hosts`)."""
-
 from typing import Literal
 
-class HostError(ValueError):
-    """The value of a Host header cannot name anything."""
+class HostError(ValueError): ...
 
 def parse_host(
     header: str, domains: list[str]

@@ -3,6 +3,8 @@
     PreviewError
     ├── HostError          a host name that cannot be parsed or made
     └── PlaneError         the plane did not take a push
+
+What visitors of a preview are told is the plane's own and listed in docs/previews.md.
 """
 
 from __future__ import annotations

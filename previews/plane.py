@@ -53,8 +53,8 @@ class PlaneClient:
     socket_path: the plane's control socket.
     on_poke: called with (topic, seq) when another API worker has announced news.
     on_activity: called with the ids of sandboxes that had preview traffic; only one of all connections is told.
-    on_new_epoch: awaited when the plane lost its table or missed part of it; should call `sync`. Called again on the
-        next connection if it fails with PlaneError.
+    on_new_epoch: awaited when the plane may have missed something; should call `sync`. Called again until it succeeds.
+    push_timeout_s: how long a push waits for its acknowledgement.
     Use as an async context manager; connecting goes on in the background and may take for ever.
     """
 
@@ -95,6 +95,9 @@ class PlaneClient:
             self._connecting.cancel()
             await asyncio.gather(self._connecting, return_exceptions=True)
             self._connecting = None
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(_unavailable())
 
     async def wait_connected(self, timeout_s: float) -> None:
         """Wait until the plane has said hello. Raises PlaneError (plane_unavailable) when it does not in time."""
@@ -206,40 +209,46 @@ class PlaneClient:
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, _RETRY_LAST_S)
                 continue
+            pause_s = _RETRY_FIRST_S
             try:
                 await self._converse(reader, writer)
-                pause_s = _RETRY_FIRST_S
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 _log.warning("connection to the plane lost: %s", error)
-                await asyncio.sleep(pause_s)
             finally:
                 self._writer = None
                 self._connected.clear()
                 writer.close()
+            await asyncio.sleep(pause_s)
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        hello = orjson.loads(await reader.readline() or b"{}")
-        if hello.get("t") != "hello" or hello.get("version") != 1:
+        async with asyncio.timeout(self._push_timeout_s):
+            hello = orjson.loads(await reader.readline() or b"{}")
+        if not isinstance(hello, dict) or hello.get("t") != "hello" or hello.get("version") != 1:
             raise ValueError("the plane speaks another version of the protocol")
         self._writer = writer
         writer.writelines(line for _, line in self._unacked.values())
         self._connected.set()
-        async with asyncio.TaskGroup() as tasks:
-            renewal = tasks.create_task(self._renew(hello["epoch"]))
+        renewal = asyncio.create_task(self._renew(hello["epoch"]), name="plane sync")
+        try:
             while line := await reader.readline():
                 self._hear(orjson.loads(line))
+        finally:
             renewal.cancel()
+            await asyncio.gather(renewal, return_exceptions=True)
 
     async def _renew(self, epoch: str) -> None:
-        """Have the gateway sync a plane that does not know everything."""
-        if epoch == self._synced_epoch or self._on_new_epoch is None:
-            return
-        try:
-            await self._on_new_epoch()
-        except PlaneError as error:
-            _log.warning("the plane could not be synced: %s", error)
-        else:
-            self._synced_epoch = epoch
+        """Have the gateway sync a plane that does not know everything; try until it works or the connection ends."""
+        while self._on_new_epoch is not None and epoch != self._synced_epoch:
+            try:
+                await self._on_new_epoch()
+            except PlaneError as error:
+                _log.warning("the plane could not be synced: %s", error)
+            except Exception:
+                _log.exception("the plane could not be synced")
+            else:
+                self._synced_epoch = epoch
+                return
+            await asyncio.sleep(self._push_timeout_s)
 
     def _hear(self, message: dict[str, Any]) -> None:
         match message["t"]:

@@ -71,9 +71,9 @@ impl HostName {
             return Err(HostError::TooLong);
         }
         if is_literal {
-            check_literal(name)?
+            check_literal(name)?;
         } else {
-            check_labels(name)?
+            check_labels(name)?;
         }
         let mut bytes = [0; NAME_BYTES_MAX];
         bytes[..name.len()].copy_from_slice(name);

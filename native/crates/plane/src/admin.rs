@@ -1,7 +1,7 @@
 //! The admin listener: `/healthz`, `/readyz`, `/metrics`. For operators; never exposed to strangers.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +10,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::time::timeout;
 
-use crate::http::{find_end, request};
+use crate::http::body::{Body, Piece};
+use crate::http::{find_end, request, response};
 use crate::metrics::Metrics;
 use crate::table::Table;
 
@@ -19,7 +20,7 @@ const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// For the API to answer.
 const API_TIMEOUT: Duration = Duration::from_secs(3);
 const HEAD_BYTES_MAX: usize = 8 * 1024;
-const API_BYTES_MAX: u64 = 16 * 1024 * 1024;
+const API_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// What the admin listener tells about.
 pub struct Admin {
@@ -130,16 +131,37 @@ impl Admin {
     }
 }
 
-/// One GET over HTTP/1.0, so that the body is everything up to the end; none if the answer is no HTTP.
-async fn fetch(socket: &std::path::Path, path: &str) -> std::io::Result<Option<(u16, Vec<u8>)>> {
+/// One GET; none if the answer is no HTTP.
+async fn fetch(socket: &Path, path: &str) -> std::io::Result<Option<(u16, Vec<u8>)>> {
     let mut stream = UnixStream::connect(socket).await?;
-    let request = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\nX-Sandgate-Admin: 1\r\n\r\n");
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nX-Sandgate-Admin: 1\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();
-    stream.take(API_BYTES_MAX).read_to_end(&mut answer).await?;
-    let Ok(Some(len)) = find_end(&answer, 0, HEAD_BYTES_MAX) else { return Ok(None) };
-    let Ok(response) = crate::http::response::parse(&answer[..len], false, &mut Vec::new()) else { return Ok(None) };
-    Ok(Some((response.status, answer.split_off(len))))
+    while answer.len() < API_BYTES_MAX && stream.read_buf(&mut answer).await? > 0 {
+        if let Some(whole) = whole_answer(&answer, false) {
+            return Ok(Some(whole));
+        }
+    }
+    Ok(whole_answer(&answer, true))
+}
+
+/// Status and content of an answer that is complete; `is_closed`: nothing follows.
+fn whole_answer(answer: &[u8], is_closed: bool) -> Option<(u16, Vec<u8>)> {
+    let head_len = find_end(answer, 0, HEAD_BYTES_MAX).ok()??;
+    let response = response::parse(&answer[..head_len], false, &mut Vec::new()).ok()?;
+    let (mut body, mut rest, mut content) = (Body::new(response.framing), &answer[head_len..], Vec::new());
+    loop {
+        let count = match body.next(rest).ok()? {
+            Piece::Content(count) => {
+                content.extend_from_slice(&rest[..count]);
+                count
+            }
+            Piece::Framing(count) | Piece::Trailers(count) => count,
+            Piece::End => return Some((response.status, content)),
+            Piece::More => return (is_closed && body.may_end_by_close()).then_some((response.status, content)),
+        };
+        rest = &rest[count..];
+    }
 }
 
 /// Opens the listener.

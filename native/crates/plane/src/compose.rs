@@ -113,10 +113,9 @@ fn push_request_field(
 ) {
     let line = field.line(head);
     let is_passed = match field.name {
-        Name::Connection | Name::ContentLength | Name::Forwarding | Name::HopByHop | Name::Host | Name::Private => {
-            false
-        }
-        Name::TransferEncoding => false,
+        // Some of these are said anew, in our words.
+        Name::Connection | Name::ContentLength | Name::Forwarding | Name::Host | Name::TransferEncoding => false,
+        Name::HopByHop | Name::Private => false,
         Name::Upgrade => request.is_upgrade,
         // A client of HTTP/1.0 could not be told to go on.
         Name::Expect => request.minor == 1,
@@ -129,7 +128,7 @@ fn push_request_field(
             push_target(out, field.value(head));
             return out.extend_from_slice(b"\r\n");
         }
-        Name::Accept | Name::Cookie | Name::Other | Name::Referer | Name::SecFetchDest => true,
+        Name::Accept | Name::Cookie | Name::Other | Name::Referer | Name::SecFetchDest | Name::SetCookie => true,
     };
     if is_passed {
         out.extend_from_slice(line);
@@ -160,6 +159,7 @@ fn push_length(out: &mut Vec<u8>, length: u64) {
 }
 
 /// How the client is to be answered.
+#[allow(clippy::struct_excessive_bools)] // Independent properties of one response.
 #[derive(Clone, Copy, Debug)]
 pub struct Reply {
     /// 1 for a client of HTTP/1.1, 0 for one of HTTP/1.0.
@@ -170,6 +170,24 @@ pub struct Reply {
     pub is_switch: bool,
     /// Whether the body's chunks are unwrapped, for a client that cannot read them.
     pub is_unchunked: bool,
+    /// Whether a sandbox speaks, whose cookies stay on its own host.
+    pub is_preview: bool,
+}
+
+/// Appends a `Set-Cookie` field without `Domain`: a sandbox must not plant cookies on other sandboxes' hosts.
+fn push_set_cookie(out: &mut Vec<u8>, value: &[u8]) {
+    let is_domain = |attribute: &[u8]| {
+        let name = attribute.split(|&b| b == b'=').next().unwrap_or_default();
+        name.trim_ascii().eq_ignore_ascii_case(b"domain")
+    };
+    let mut parts = value.split(|&b| b == b';');
+    out.extend_from_slice(b"Set-Cookie: ");
+    out.extend_from_slice(parts.next().unwrap_or_default());
+    for attribute in parts.filter(|attribute| !is_domain(attribute)) {
+        out.push(b';');
+        out.extend_from_slice(attribute);
+    }
+    out.extend_from_slice(b"\r\n");
 }
 
 /// Appends the head for the client.
@@ -182,6 +200,10 @@ pub fn response(out: &mut Vec<u8>, head: &[u8], fields: &[Field], response: &Res
         let is_passed = match field.name {
             Name::Connection | Name::HopByHop | Name::Private => false,
             Name::Upgrade => reply.is_switch,
+            Name::SetCookie if reply.is_preview => {
+                push_set_cookie(out, field.value(head));
+                false
+            }
             Name::ContentLength => !is_bodiless,
             Name::TransferEncoding => !is_bodiless && reply.minor == 1 && !reply.is_unchunked,
             _ => true,

@@ -81,6 +81,10 @@ pub struct Limits {
     /// Without the receiver taking a byte that waits for it.
     #[arg(long, default_value_t = 60.0)]
     pub send_timeout_s: f64,
+    /// For a response to end whose client has closed its sending side; most such clients have left. The API must hear
+    /// of it before the client repeats its request, which the quickest do after 0.5 s.
+    #[arg(long, default_value_t = 0.1)]
+    pub half_closed_timeout_s: f64,
     /// An idle connection to an upstream is kept; below the 5 s after which common servers close theirs.
     #[arg(long, default_value_t = 4.0)]
     pub upstream_idle_timeout_s: f64,

@@ -51,6 +51,7 @@ pub async fn serve<C: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, watch: &W
         class: Cell::new(Class::None),
         record: RefCell::default(),
         started_ms: Cell::new(0),
+        is_open: Cell::new(false),
     };
     let exit = {
         let mut requests = pin!(session.requests());
@@ -113,7 +114,9 @@ struct Session<'a, C> {
     audience: Cell<Audience>,
     class: Cell<Class>,
     record: RefCell<Option<Record>>,
+    /// When the current request began; whether it is not finished yet.
     started_ms: Cell<u64>,
+    is_open: Cell<bool>,
 }
 
 impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
@@ -172,6 +175,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
     fn plan(&self, head: &[u8]) -> Result<Plan, Failure> {
         self.watch.is_answering.set(false);
         self.started_ms.set(self.worker.now_ms());
+        self.is_open.set(true);
         let mut fields = self.worker.fields.take();
         let plan = prepare(self.worker, &self.peer, head, &mut fields);
         if self.worker.access_log.is_some() {
@@ -184,7 +188,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
     /// What the access log will say; a head that could not be read leaves it nearly empty.
     fn record(&self, head: &[u8], fields: &[Field]) -> Record {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let line = &head[..fields::line_len(head).unwrap_or(0)];
+        let line = head[..fields::line_len(head).unwrap_or(0)].trim_ascii_end();
         let mut words = line.split(|&b| b == b' ');
         let method = words.next().unwrap_or_default();
         let (path, _) = split_query(words.next().unwrap_or_default());
@@ -200,6 +204,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
 
     fn finished(&self, status: u16, code: Option<Code>, request_id: Option<String>) {
         let class = self.class.get();
+        self.is_open.set(false);
         self.worker.counters.request(class, status);
         if let Some(code) = code {
             self.worker.counters.failure(code);
@@ -288,6 +293,14 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
         exit
     }
 
+    /// Closes in the middle of whatever it was.
+    fn give_up(&self) -> Exit {
+        if self.is_open.get() {
+            self.finished(0, None, None);
+        }
+        Exit::Closed
+    }
+
     /// Ends the connection for a reason from outside.
     async fn cut(&self, end: End) -> Exit {
         self.watch.admission.replace(None);
@@ -297,14 +310,14 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
                 Code::ApiUnavailable
             }
             End::Timeout(Phase::Connect | Phase::Response | Phase::Push) => Code::UpstreamTimeout,
-            End::Timeout(_) | End::Drain => return Exit::Closed,
+            End::Timeout(_) | End::Drain => return self.give_up(),
             End::Revoked => {
                 self.worker.counters.revoked.add(1);
-                return Exit::Closed;
+                return self.give_up();
             }
         };
         if self.watch.is_answering.get() {
-            return Exit::Closed;
+            return self.give_up();
         }
         let last_words = timeout(LINGER, self.refuse(code.into()));
         last_words.await.unwrap_or(Exit::Closed)

@@ -158,11 +158,14 @@ impl Control {
         let text = std::str::from_utf8(line).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
         let Message { n, body } = match serde_json::from_str(text) {
             Ok(message) => message,
-            Err(error) => return Ok(Some(refusal(None, &error.to_string()))),
+            Err(error) => {
+                let n = serde_json::from_str::<Value>(text).ok().and_then(|value| value.get("n").cloned());
+                return Ok(Some(refusal(n.as_ref(), &error.to_string())));
+            }
         };
         match body {
             Body::Poke { topic, seq } => {
-                self.poke(connection, &json!({"t": "poke", "topic": topic, "seq": seq}).to_string())
+                self.poke(connection, &json!({"t": "poke", "topic": topic, "seq": seq}).to_string());
             }
             Body::Stats => {
                 let stats = json!({"t": "stats", "n": n, "connections": self.metrics.connections(),
@@ -173,7 +176,7 @@ impl Control {
                 let is_sync_end = matches!(body, Body::SyncEnd { .. });
                 let is_sync_begin = matches!(body, Body::SyncBegin);
                 if let Err(reason) = message::apply(body, text, &self.table, sync, now_s()) {
-                    return Ok(Some(refusal(n, &reason)));
+                    return Ok(Some(refusal(n.as_ref(), &reason)));
                 }
                 if is_sync_end {
                     self.compact(true);
@@ -199,7 +202,7 @@ impl Control {
     }
 }
 
-fn refusal(n: Option<Value>, reason: &str) -> String {
+fn refusal(n: Option<&Value>, reason: &str) -> String {
     json!({"t": "error", "n": n, "code": "bad_request", "message": reason}).to_string()
 }
 

@@ -30,8 +30,6 @@ use crate::worker::Worker;
 
 /// Interim responses before the final one; more are not meant well.
 const INTERIM_MAX: u32 = 16;
-/// How long a response may still take after the client has closed its sending side.
-const HALF_CLOSED_S: f64 = 5.0;
 
 /// How an exchange ended.
 pub enum Done {
@@ -70,8 +68,9 @@ pub async fn exchange<C: AsyncRead + AsyncWrite + Unpin>(
     inbox: &mut Inbox,
     forward: &Forward,
 ) -> Result<Done, Broken> {
+    let mut may_be_pooled = true;
     loop {
-        let pooled = take_pooled(worker, forward);
+        let pooled = if may_be_pooled { take_pooled(worker, forward) } else { None };
         let is_pooled = pooled.is_some();
         let upstream = match pooled {
             Some(upstream) => upstream,
@@ -90,6 +89,7 @@ pub async fn exchange<C: AsyncRead + AsyncWrite + Unpin>(
         };
         match attempt.run(inbox).await {
             Err(Broken::Stale) => {
+                may_be_pooled = false;
                 worker.pool.forget(forward.target);
                 worker.counters.retries.add(1);
             }
@@ -102,7 +102,7 @@ pub async fn exchange<C: AsyncRead + AsyncWrite + Unpin>(
 fn take_pooled(worker: &Worker, forward: &Forward) -> Option<Upstream> {
     loop {
         let upstream = worker.pool.take(forward.target)?;
-        if forward.is_replayable || upstream.is_quiet() {
+        if upstream.is_quiet() && (forward.is_replayable || upstream.is_surely_quiet()) {
             return Some(upstream);
         }
     }
@@ -189,7 +189,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
 
     fn half_closed(&self) {
         self.is_half_closed.set(true);
-        self.watch.up.set(Phase::HalfClosed, self.worker.after(HALF_CLOSED_S));
+        self.watch.up.set(Phase::HalfClosed, self.worker.after(self.worker.config.limits.half_closed_timeout_s));
     }
 
     fn finish(self, answered: Answered) -> Done {
@@ -218,11 +218,13 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
             write: (Phase::Push, limits.send_timeout_s),
             count: &self.worker.counters.bytes_up,
             sandbox: self.forward.sandbox.as_deref(),
+            is_unchunked: false,
+            has_sent: &self.has_sent,
         };
         let mut body = Body::new(self.forward.framing);
-        let on_sent = || self.has_sent.set(true);
         let (mut reader, mut writer) = (self.client, &self.upstream);
-        match pump(&flow, &self.forward.head.0, &mut body, inbox, &mut reader, &mut writer, false, on_sent).await {
+        let pumped = pump(&flow, &self.forward.head.0, &mut body, inbox, &mut reader, &mut writer).await;
+        match pumped {
             Ok(()) => {}
             Err(PumpError::Write) => return UploadEnd::Refused,
             Err(PumpError::Read) => return UploadEnd::Gone,
@@ -323,7 +325,8 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
                 && response.framing != Framing::UntilClose
                 && !is_unchunked
                 && !self.worker.is_draining.get();
-            let reply = Reply { minor: self.forward.minor, is_keep_alive, is_switch, is_unchunked };
+            let is_preview = self.forward.sandbox.is_some();
+            let reply = Reply { minor: self.forward.minor, is_keep_alive, is_switch, is_unchunked, is_preview };
             compose::response(&mut out.0, head, &fields, &response, reply);
             (response, reply)
         });
@@ -357,12 +360,12 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
             write: (Phase::Send, limits.send_timeout_s),
             count: &self.worker.counters.bytes_down,
             sandbox: self.forward.sandbox.as_deref(),
+            is_unchunked: answer.is_unchunked,
+            has_sent: &self.watch.is_answering,
         };
         let mut body = Body::new(response.framing);
         let (mut reader, mut writer) = (&self.upstream, self.client);
         // Whatever goes wrong now, the client has the head already.
-        pump(&flow, head, &mut body, reply, &mut reader, &mut writer, answer.is_unchunked, || ())
-            .await
-            .map_err(|_| Broken::Aborted)
+        pump(&flow, head, &mut body, reply, &mut reader, &mut writer).await.map_err(|_| Broken::Aborted)
     }
 }

@@ -50,9 +50,10 @@ impl Journal {
         Ok(())
     }
 
-    /// Rewrites the file if it has grown enough, or `is_due` in any case.
+    /// Rewrites the file if it has grown much, or at all when it `is_due`.
     pub fn compact(&mut self, table: &Table, is_due: bool) -> io::Result<()> {
-        if is_due || self.bytes > REWRITE_BYTES_MIN.max(2 * self.bytes_after_rewrite) {
+        let has_grown = self.bytes > self.bytes_after_rewrite;
+        if (is_due && has_grown) || self.bytes > REWRITE_BYTES_MIN.max(2 * self.bytes_after_rewrite) {
             (self.file, self.bytes) = rewrite(&self.path, table)?;
             self.bytes_after_rewrite = self.bytes;
         }

@@ -40,6 +40,9 @@ pub enum Class {
 
 const CLASSES: [(Class, &str); 3] = [(Class::None, "none"), (Class::Api, "api"), (Class::Preview, "preview")];
 
+/// `none`: the request ended without an answer.
+const STATUS_CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
+
 /// What one worker counts.
 #[derive(Debug, Default)]
 pub struct Counters {
@@ -118,10 +121,9 @@ impl Metrics {
             "# HELP sandgate_plane_requests_total Requests answered.\n# TYPE sandgate_plane_requests_total counter"
         );
         for (class, name) in CLASSES {
-            for status in 1..6 {
-                let count = self.sum(|worker| &worker.requests[class as usize][status]);
-                let _ =
-                    writeln!(out, "sandgate_plane_requests_total{{class=\"{name}\",status=\"{status}xx\"}} {count}");
+            for (index, status) in STATUS_CLASSES.into_iter().enumerate() {
+                let count = self.sum(|worker| &worker.requests[class as usize][index]);
+                let _ = writeln!(out, "sandgate_plane_requests_total{{class=\"{name}\",status=\"{status}\"}} {count}");
             }
         }
         let _ = writeln!(

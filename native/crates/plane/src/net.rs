@@ -66,10 +66,19 @@ pub enum Upstream {
 }
 
 impl Upstream {
-    /// Whether an idle connection can still be used: open, and with nothing said on it unasked.
-    ///
-    /// One look at the socket itself: the reactor may not have told us yet.
+    /// Whether an idle connection can still be used, as far as the reactor has told us: open, and with nothing said on
+    /// it unasked. Costs no system call unless there is something to read.
     pub fn is_quiet(&self) -> bool {
+        let mut byte = [0];
+        let tried = match self {
+            Self::Tcp(stream) => stream.try_read(&mut byte),
+            Self::Unix(stream) => stream.try_read(&mut byte),
+        };
+        matches!(tried, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// The same by a look at the socket itself, for when the reactor may not have told us yet.
+    pub fn is_surely_quiet(&self) -> bool {
         let mut byte = [std::mem::MaybeUninit::uninit()];
         let peeked = match self {
             Self::Tcp(stream) => socket2::SockRef::from(stream).peek(&mut byte),

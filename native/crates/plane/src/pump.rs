@@ -1,6 +1,6 @@
 //! Moves one body from a reader to a writer, as it comes.
 
-use std::future::Future;
+use std::cell::Cell;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -38,6 +38,10 @@ pub struct Flow<'a> {
     pub count: &'a Count,
     /// Told of traffic.
     pub sandbox: Option<&'a Sandbox>,
+    /// Send the contents of chunks only, for a receiver that cannot read chunks.
+    pub is_unchunked: bool,
+    /// Set once the receiver has taken a byte.
+    pub has_sent: &'a Cell<bool>,
 }
 
 impl Flow<'_> {
@@ -45,20 +49,14 @@ impl Flow<'_> {
         self.deadline.set(phase, self.worker.after(seconds));
     }
 
-    async fn write<W: AsyncWrite + Unpin>(
-        &self,
-        writer: &mut W,
-        head: &[u8],
-        body: &[u8],
-        on_sent: impl Fn(),
-    ) -> Result<(), PumpError> {
+    async fn write<W: AsyncWrite + Unpin>(&self, writer: &mut W, head: &[u8], body: &[u8]) -> Result<(), PumpError> {
         self.wait(self.write);
         self.count.add(body.len() as u64);
         if let Some(sandbox) = self.sandbox {
             sandbox.touch();
         }
         let on_progress = || {
-            on_sent();
+            self.has_sent.set(true);
             self.wait(self.write);
         };
         write_both(writer, head, body, on_progress).await.map_err(|_| PumpError::Write)
@@ -96,45 +94,39 @@ fn span(body: &mut Body, input: &[u8], is_unchunked: bool) -> Result<Span, HeadE
     }
 }
 
-/// Sends `head` and then the body that starts in `inbox` and goes on in `reader`. With `is_unchunked` only the
-/// contents of chunks are sent. `on_sent` is called when the receiver took bytes.
-#[allow(clippy::too_many_arguments)] // Both ends, the body and the head it follows; a struct would only rename them.
-pub fn pump<'a, R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
-    flow: &'a Flow<'a>,
-    head: &'a [u8],
-    body: &'a mut Body,
-    inbox: &'a mut Inbox,
-    reader: &'a mut R,
-    writer: &'a mut W,
-    is_unchunked: bool,
-    on_sent: impl Fn() + Copy + 'a,
-) -> impl Future<Output = Result<(), PumpError>> + 'a {
-    async move {
-        let mut head = head;
-        loop {
-            let Span { len, next } = span(body, inbox.data(), is_unchunked).map_err(PumpError::Malformed)?;
-            if len > 0 || !head.is_empty() {
-                flow.write(writer, head, &inbox.data()[..len], on_sent).await?;
-                inbox.consume(len);
-                head = &[];
-            }
-            match next {
-                Next::End => return Ok(()),
-                Next::Skip(count) => inbox.consume(count),
-                Next::Trailers(count) => {
-                    if !is_unchunked {
-                        let trailers = trailers(flow.worker, &inbox.data()[..count]).map_err(PumpError::Malformed)?;
-                        flow.write(writer, &trailers.0, &[], on_sent).await?;
-                    }
-                    inbox.consume(count);
+/// Sends `head` and then the body that starts in `inbox` and goes on in `reader`.
+pub async fn pump<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
+    flow: &Flow<'_>,
+    head: &[u8],
+    body: &mut Body,
+    inbox: &mut Inbox,
+    reader: &mut R,
+    writer: &mut W,
+) -> Result<(), PumpError> {
+    let mut head = head;
+    loop {
+        let Span { len, next } = span(body, inbox.data(), flow.is_unchunked).map_err(PumpError::Malformed)?;
+        if len > 0 || !head.is_empty() {
+            flow.write(writer, head, &inbox.data()[..len]).await?;
+            inbox.consume(len);
+            head = &[];
+        }
+        match next {
+            Next::End => return Ok(()),
+            Next::Skip(count) => inbox.consume(count),
+            Next::Trailers(count) => {
+                if !flow.is_unchunked {
+                    let trailers = trailers(flow.worker, &inbox.data()[..count]).map_err(PumpError::Malformed)?;
+                    flow.write(writer, &trailers.0, &[]).await?;
                 }
-                Next::Read => {
-                    flow.wait(flow.read);
-                    match inbox.fill(reader).await {
-                        Ok(0) if body.may_end_by_close() => return Ok(()),
-                        Ok(0) | Err(_) => return Err(PumpError::Read),
-                        Ok(_) => {}
-                    }
+                inbox.consume(count);
+            }
+            Next::Read => {
+                flow.wait(flow.read);
+                match inbox.fill(reader).await {
+                    Ok(0) if body.may_end_by_close() => return Ok(()),
+                    Ok(0) | Err(_) => return Err(PumpError::Read),
+                    Ok(_) => {}
                 }
             }
         }
@@ -145,6 +137,7 @@ pub fn pump<'a, R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
 fn trailers(worker: &Worker, section: &[u8]) -> Result<HeadBuf, HeadError> {
     let mut out = HeadBuf::take();
     let mut fields = worker.fields.take();
+    fields.clear();
     let parsed = fields::parse(section, 0, &mut fields);
     for field in fields.iter().filter(|field| field.name == Name::Other) {
         out.0.extend_from_slice(field.line(section));

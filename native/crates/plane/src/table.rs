@@ -132,13 +132,14 @@ pub enum Found {
     Unknown,
 }
 
-type Entries = BTreeMap<Box<str>, Arc<Entry>>;
+type BySlug = HashMap<Box<str>, Arc<Entry>>;
+type ById = BTreeMap<Box<str>, Arc<Entry>>;
 type Keys = HashMap<Digest, KeyEntry>;
 
 /// The table.
 pub struct Table {
-    by_slug: Box<[ArcSwap<HashMap<Box<str>, Arc<Entry>>>]>,
-    by_id: Box<[ArcSwap<Entries>]>,
+    by_slug: Box<[ArcSwap<BySlug>]>,
+    by_id: Box<[ArcSwap<ById>]>,
     keys: Box<[ArcSwap<Keys>]>,
     hasher: RandomState,
     generation: AtomicU64,

@@ -14,6 +14,7 @@ type Parsed = (&'static str, Option<u16>, Option<String>, Option<String>);
 
 /// Parses the value of a `Host` header; see `native.hosts.parse_host`.
 #[pyfunction]
+#[allow(clippy::needless_pass_by_value)] // What the interpreter hands over is ours.
 fn parse_host(header: &str, domains: Vec<String>) -> PyResult<Parsed> {
     let name = HostName::parse(header.as_bytes()).map_err(|error| HostError::new_err(error.to_string()))?;
     Ok(match classify(name.as_str(), &domains) {

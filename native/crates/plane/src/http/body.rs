@@ -116,7 +116,7 @@ impl Body {
         let len = match input {
             [b'\r', b'\n', ..] => Some(2),
             [b'\r'] => None,
-            _ => super::find_end(input, 0, TRAILER_BYTES_MAX)?,
+            _ => super::find_end(input, 0, TRAILER_BYTES_MAX).map_err(|_| BAD_CHUNK)?,
         };
         Ok(len.map_or(Piece::More, |len| {
             self.state = State::Done;

@@ -32,6 +32,8 @@ pub enum Name {
     Referer,
     /// `Sec-Fetch-Dest`
     SecFetchDest,
+    /// `Set-Cookie`
+    SetCookie,
     /// `Transfer-Encoding`
     TransferEncoding,
     /// `Upgrade`
@@ -59,6 +61,7 @@ impl Name {
             b'p' if starts(name, b"proxy-") => Self::of_proxy(name),
             b'r' if is(name, b"referer") => Self::Referer,
             b's' if is(name, b"sec-fetch-dest") => Self::SecFetchDest,
+            b's' if is(name, b"set-cookie") => Self::SetCookie,
             b't' if is(name, b"te") => Self::HopByHop,
             b't' if is(name, b"transfer-encoding") => Self::TransferEncoding,
             b'u' if is(name, b"upgrade") => Self::Upgrade,
@@ -128,9 +131,8 @@ impl Field {
     }
 }
 
-/// Reads the fields of `head` from offset `from` up to the empty line that ends it.
+/// Appends the fields of `head` from offset `from` up to the empty line that ends it.
 pub fn parse(head: &[u8], from: usize, fields: &mut Vec<Field>) -> Result<(), HeadError> {
-    fields.clear();
     let mut at = from;
     while head.get(at) != Some(&b'\r') {
         let len = line_len(&head[at..])?;
@@ -160,12 +162,17 @@ fn field(head: &[u8], start: usize, end: usize) -> Result<Field, HeadError> {
     if !line[name_len + 1..].iter().all(|&b| is_value(b)) {
         return Err(HeadError::Malformed("A header field has a control character."));
     }
+    let name = Name::of(&line[..name_len]);
+    // Who reads `_` as `-` would frame the message by this field, who does not would skip it.
+    if matches!(name, Name::ContentLength | Name::TransferEncoding) && line[..name_len].contains(&b'_') {
+        return Err(HeadError::Malformed("A header field has a bad name, or is folded."));
+    }
     let is_blank = |b: &u8| *b == b' ' || *b == b'\t';
     let value = &line[name_len + 1..];
     let lead = value.iter().position(|b| !is_blank(b)).unwrap_or(value.len());
     let trail = value[lead..].iter().rev().position(|b| !is_blank(b)).unwrap_or(0);
     Ok(Field {
-        name: Name::of(&line[..name_len]),
+        name,
         start: start as u32,
         name_len: name_len as u32,
         value_start: (start + name_len + 1 + lead) as u32,
@@ -227,6 +234,7 @@ impl FramingFields {
 }
 
 /// What `Connection` fields say.
+#[allow(clippy::struct_excessive_bools)] // A set of flags, as the header is.
 #[derive(Default, Clone, Copy)]
 pub struct ConnectionFields {
     /// `close`

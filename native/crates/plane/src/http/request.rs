@@ -31,6 +31,7 @@ pub struct Request {
 
 /// Reads a complete head, as measured by [`super::find_end`]; leaves its fields in `fields`.
 pub fn parse(head: &[u8], fields: &mut Vec<Field>) -> Result<Request, HeadError> {
+    fields.clear();
     let line = fields::line_len(head)?;
     let (method, target, minor) = request_line(&head[..line - 2])?;
     fields::parse(head, line, fields)?;

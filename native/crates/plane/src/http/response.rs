@@ -20,6 +20,7 @@ pub struct Response {
 
 /// Reads a complete head, as measured by [`super::find_end`]; leaves its fields in `fields`.
 pub fn parse(head: &[u8], is_head_request: bool, fields: &mut Vec<Field>) -> Result<Response, HeadError> {
+    fields.clear();
     let line_len = fields::line_len(head)?;
     let (status, minor) = status_line(&head[..line_len - 2])?;
     fields::parse(head, line_len, fields)?;
