@@ -10,19 +10,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import uvloop
-from granian import Granian
-from granian.constants import HTTPModes, Interfaces, Loops
-from granian.http import HTTP1Settings
-
 from gateway import cli
-from gateway.app import host_config, host_driver
-from gateway.children import StartError
 from gateway.observability import logs
 from gateway.settings import Settings, SettingsError, unknown_variables
-from gateway.supervisor import Supervisor
-from vmm.errors import VmmError
-from vmm.host.server import serve as serve_host
+
+# Each command loads what it needs and no more: a part that died is back the sooner, and `--help` answers at once.
+# ruff: noqa: PLC0415
 
 #: The plane is the only client and has its own limits on headers and connections; this must not be the smaller.
 _HEADER_BYTES_MAX = 256 * 1024
@@ -41,10 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run_api(settings)
     if arguments.command == "run-hostd":
         return _run_hostd(settings)
-    return cli.run(arguments, settings)
+    from gateway import administration
+
+    return administration.run(arguments, settings)
 
 
 def _serve(settings: Settings) -> int:
+    from gateway.children import StartError
+    from gateway.supervisor import Supervisor
+
     logs.configure("supervisor", level=settings.log_level, form="text" if sys.stderr.isatty() else settings.log_format)
     for name in unknown_variables(os.environ):
         logging.getLogger(__name__).warning("%s is no setting and is ignored", name)
@@ -57,6 +55,10 @@ def _serve(settings: Settings) -> int:
 
 
 def _run_api(settings: Settings) -> int:
+    from granian import Granian
+    from granian.constants import HTTPModes, Interfaces, Loops
+    from granian.http import HTTP1Settings
+
     logs.configure("api", level=settings.log_level, form=settings.log_format)
     # A killed instance leaves its socket behind, which cannot be bound again.
     settings.api_socket.unlink(missing_ok=True)
@@ -79,6 +81,10 @@ def _run_api(settings: Settings) -> int:
 
 
 def _run_hostd(settings: Settings) -> int:
+    import uvloop
+
+    from vmm.errors import VmmError
+
     logs.configure("hostd", level=settings.log_level, form=settings.log_format)
     try:
         uvloop.run(_host_service(settings))
@@ -89,6 +95,9 @@ def _run_hostd(settings: Settings) -> int:
 
 
 async def _host_service(settings: Settings) -> None:
+    from gateway.host import host_config, host_driver
+    from vmm.host.server import serve as serve_host
+
     serving = asyncio.ensure_future(serve_host(host_config(settings), host_driver(settings), ready=_nothing))
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, serving.cancel)

@@ -1,7 +1,7 @@
-"""Puts the parts together: the only place that picks implementations.
+"""Puts the parts of the API together: which implementations, with which settings.
 
-`create` makes what each API worker runs; `open_engine` is the same engine without a server, for the command line;
-`host_driver` is what hostd runs machines with.
+`create` makes what each API worker runs; `open_engine` is the same engine without a server, for the command line.
+gateway/host.py does the same for hostd.
 """
 
 from __future__ import annotations
@@ -34,17 +34,10 @@ from gateway.settings import Settings, load
 from gateway.store import Database, open_database
 from gateway.undelivered import Undelivered
 from gateway.worker import Checks, Parts, Worker, every, healthz, metrics_page, readyz
-from native import agent_path
 from previews.errors import PlaneError
 from previews.plane import PlaneClient
 from vmm.client import HostClient
-from vmm.drivers.base import Driver
-from vmm.drivers.fake import FakeDriver
-from vmm.drivers.gvisor.config import GvisorConfig
-from vmm.drivers.gvisor.driver import GvisorDriver
 from vmm.errors import VmmError
-from vmm.host.config import HostConfig
-from vmm.templates.store import TemplateStore
 
 _FLUSH_EVERY_S = 5.0
 _SWEEP_EVERY_S = 60.0
@@ -176,21 +169,3 @@ async def _host_answers(host: HostClient) -> bool:
 
 async def _plane_listens(plane: PlaneClient) -> bool:
     return plane.is_connected
-
-
-def host_config(settings: Settings) -> HostConfig:
-    """hostd's settings."""
-    return HostConfig(
-        home=settings.home,
-        socket_path=settings.hostd_socket,
-        memory_mib_max=settings.sandbox_memory_mib_max,
-        cpu_count_max=settings.sandbox_cpu_count_max,
-        disk_mib_max=settings.sandbox_disk_mib_max,
-    )
-
-
-def host_driver(settings: Settings) -> Driver:
-    """What hostd runs machines with."""
-    if settings.driver == "fake":
-        return FakeDriver()
-    return GvisorDriver(GvisorConfig.for_home(settings.home), TemplateStore(settings.cache, agent_path()))

@@ -17,14 +17,11 @@ import sqlalchemy as sa
 from gateway.children import StartError
 from gateway.engine.secrets import PREFIX_LENGTH, digest, make_secret
 from gateway.resources import ApiKey
-from gateway.settings import Settings, make_private_dir
+from gateway.settings import FIRST_WORKSPACE, Settings, make_private_dir
 from gateway.store import keys, migrate, workspaces
 from gateway.store.database import sqlite_engine
 from native import BinaryMissing, agent_path
 from vmm.templates.store import TemplateStore
-
-#: The workspace that the first key belongs to.
-FIRST_WORKSPACE = "default"
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,9 @@ from typing import Annotated, Any
 #: A Unix socket's path may have 107 bytes; the longest name in the run directory is "/hostd.sock".
 _RUN_DIR_BYTES_MAX = 107 - len("/hostd.sock")
 
+#: The workspace that the first key belongs to.
+FIRST_WORKSPACE = "default"
+
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
