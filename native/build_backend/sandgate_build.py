@@ -27,6 +27,7 @@ import maturin
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "native"
 BIN = NATIVE / "bin"
+PROGRAMS = ("sandgate-agent", "sandgate-plane")
 
 # What a source distribution holds, besides the Python packages.
 SDIST_FILES = ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
@@ -108,24 +109,18 @@ def build_cython() -> None:
 
 
 def build_programs() -> None:
-    """Build the agent and the plane and publish them in `native/bin`."""
-    host = host_triple()
-    # The agent runs inside root file systems that we do not choose, so it brings its own C library. The flag goes
-    # through an explicit target: as RUSTFLAGS it would also hit build scripts and procedural macros.
-    static = {f"CARGO_TARGET_{host.upper().replace('-', '_')}_RUSTFLAGS": "-C target-feature=+crt-static"}
-    publish(cargo_build("sandgate-agent", ["--target", host], static))
-    publish(cargo_build("sandgate-plane", [], {}))
-
-
-def cargo_build(program: str, arguments: list[str], environment: dict[str, str]) -> Path:
-    """Build one program of the workspace and return its path."""
+    """Build the agent and the plane, static, and publish them in `native/bin`."""
     profile = os.environ.get("SANDGATE_CARGO_PROFILE", "release")
-    manifest = ["--manifest-path", str(NATIVE / "Cargo.toml"), "--locked"]
-    command = ["cargo", "build", *manifest, "--profile", profile, "--bin", program, *arguments]
-    subprocess.run(command, check=True, env={**os.environ, **environment}, stdout=sys.stderr)
+    host = host_triple()
+    # The agent runs inside root file systems that we do not choose, so it brings its own C library; the plane shares
+    # its build. The flag goes through an explicit target: as RUSTFLAGS it would also hit build scripts and macros.
+    flags = {f"CARGO_TARGET_{host.upper().replace('-', '_')}_RUSTFLAGS": "-C target-feature=+crt-static"}
+    command = ["cargo", "build", "--manifest-path", str(NATIVE / "Cargo.toml"), "--locked", "--profile", profile]
+    selected = [argument for program in PROGRAMS for argument in ("--bin", program)]
+    subprocess.run([*command, "--target", host, *selected], check=True, env={**os.environ, **flags}, stdout=sys.stderr)
     target = Path(os.environ.get("CARGO_TARGET_DIR", NATIVE / "target"))
-    directory = target.joinpath(*arguments[1:2], "debug" if profile == "dev" else profile)
-    return directory / program
+    for program in PROGRAMS:
+        publish(target / host / ("debug" if profile == "dev" else profile) / program)
 
 
 def publish(program: Path) -> None:
