@@ -24,9 +24,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
 
 #: A child that dies is started again after this long, doubling up to the second while it keeps dying.
-_BACKOFF_FIRST_S, _BACKOFF_LAST_S = 0.05, 5.0
-#: One that has lived this long is healthy; its next death starts with the short delay again.
-_HEALTHY_S = 30.0
+_BACKOFF_FIRST_S, _BACKOFF_LAST_S = 0.05, 2.0
+#: One that has lived this long can start; its next death begins with the short delay again.
+_HEALTHY_S = 2.0
 
 _LOG_BYTES_MAX = 32 * 1024**2
 _TAIL_LINES = 20
@@ -83,7 +83,7 @@ class Child:
         self.name = name
         self._argv = [str(part) for part in argv]
         self._environ = dict(environ)
-        self._is_ready = is_ready
+        self.is_ready = is_ready
         self._log = log
         self._keep_fds = tuple(keep_fds)
         self._process: asyncio.subprocess.Process | None = None
@@ -115,7 +115,7 @@ class Child:
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until it serves. Raises StartError if it dies first or takes too long."""
         until = time.monotonic() + timeout_s
-        while not await self._is_ready():
+        while not await self.is_ready():
             if self.pid is None:
                 raise StartError(f"{self.name} ended while starting.{self._last_words()}")
             if time.monotonic() > until:

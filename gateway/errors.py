@@ -43,7 +43,9 @@ CODES: dict[str, Code] = {
     "path_forbidden": Code("caller", False, "The path lies outside the directories the files API may change."),
     "path_conflict": Code("caller", False, "The path is of the wrong kind: a directory, not one, or already there."),
     "permission_denied": Code("caller", False, "The sandbox's own permissions forbid it."),
-    "command_invalid": Code("caller", False, "The command cannot be started: not found, not executable, no such user or directory."),
+    "command_invalid": Code(
+        "caller", False, "The command cannot be started: not found, not executable, no such user or directory."
+    ),
     "sandbox_not_running": Code("caller", False, "The sandbox is not running (any more)."),
     "conflict": Code("caller", False, "The resource's state forbids the operation."),
     "name_taken": Code("caller", False, "Another living sandbox of this workspace has that name."),
