@@ -25,6 +25,7 @@ pub use tty::{Size, resize};
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use sandgate_frame::WINDOW_BYTES;
@@ -99,6 +100,8 @@ pub struct Process {
     pub exited_at: Option<f64>,
     pub exit: Option<Exit>,
     pub timed_out: bool,
+    /// What it was to be sent when it had no pid yet.
+    pub early_signal: Option<Signal>,
     pub input: Input,
     pub outputs: Vec<Output>,
     pub readers: Vec<Reader>,

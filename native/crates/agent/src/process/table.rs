@@ -148,6 +148,8 @@ impl Processes {
         self.wakeups.extend(process.readers.iter().map(|reader| reader.key));
         if let Some(status) = self.early.remove(&spawned.pid) {
             self.exited(serial, status, timers);
+        } else if let Some(which) = process.early_signal.take() {
+            signal(process, which, true);
         }
         if self.starting == 0 {
             self.early.clear();
@@ -445,6 +447,7 @@ impl Draft {
             exited_at: None,
             exit: None,
             timed_out: false,
+            early_signal: None,
             input: Input::default(),
             outputs: Vec::new(),
             readers: Vec::new(),

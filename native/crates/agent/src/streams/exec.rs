@@ -66,10 +66,14 @@ impl ExecStream {
     pub fn on_control(&mut self, core: &mut Core, payload: &[u8]) -> OpResult<()> {
         let control: Control =
             serde_json::from_slice(payload).map_err(|error| OpError::bad_request(format!("control: {error}")))?;
-        let Some(process) = core.processes.get(self.serial).filter(|process| process.is_alive()) else {
-            return Ok(()); // It has just exited; the client will learn of that.
-        };
+        let Some(process) = core.processes.get(self.serial) else { return Ok(()) };
         match control {
+            // A client that leaves at once kills what it has just asked for.
+            Control::Signal { signal: name } if process.state == State::Starting => {
+                process.early_signal = Some(signal_from_json(&name)?);
+            }
+            // It has just exited; the client will learn of that.
+            _ if !process.is_alive() => {}
             Control::Signal { signal: name } => signal(process, signal_from_json(&name)?, true),
             Control::Resize(size) => {
                 let master = process.output(CHANNEL_PTY).and_then(|output| output.fd.as_ref());
