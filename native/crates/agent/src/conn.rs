@@ -330,7 +330,9 @@ impl Conn {
                 if let Some(Slot { stream: Stream::Exec(exec), .. }) = self.streams.remove(&stream) {
                     self.unacked.push_back((stream, exec.serial));
                     if self.unacked.len() > UNACKED_MAX {
-                        self.unacked.pop_front();
+                        if let Some((oldest, _)) = self.unacked.pop_front() {
+                            self.sender.frame(Kind::Close, oldest, &[]);
+                        }
                     }
                 }
             }

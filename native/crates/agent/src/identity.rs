@@ -22,6 +22,11 @@ impl Identity {
         }
     }
 
+    /// The variables, for whoever has to repeat them.
+    pub fn env(&self) -> &BTreeMap<String, String> {
+        &self.env
+    }
+
     /// Bring an environment in line.
     pub fn apply(&self, env: &mut BTreeMap<String, String>) {
         env.retain(|name, _| !self.unset.contains(name));

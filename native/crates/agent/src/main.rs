@@ -40,13 +40,14 @@ use crate::args::{Args, Stop};
 use crate::core::Core;
 use crate::poller::Poller;
 use crate::pool::Pool;
-use crate::process::Host;
+use crate::process::{Host, Logins};
 use crate::server::Server;
 use crate::users::Users;
 
 const TOKEN_VARIABLE: &str = "SANDGATE_AGENT_TOKEN";
-/// Variables of ours; programs in the sandbox do not see them.
+/// Variables of ours, and of the shell that may have started us; programs in the sandbox do not see them.
 const OWN_PREFIX: &str = "SANDGATE_";
+const OF_OUR_PARENT: [&str; 4] = ["PWD", "OLDPWD", "SHLVL", "_"];
 
 fn main() -> ExitCode {
     let token = env_unsafe::take(TOKEN_VARIABLE);
@@ -85,10 +86,11 @@ fn serve(args: &Args, token: String) -> std::io::Result<()> {
     }
     let host = Host {
         users: Arc::new(Users::new("/etc/passwd", "/etc/group")),
+        logins: Logins::default(),
         null: OpenOptions::new().read(true).write(true).open("/dev/null")?.into(),
         env: std::env::vars_os()
             .filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)))
-            .filter(|(key, _)| !key.starts_with(OWN_PREFIX))
+            .filter(|(key, _)| !key.starts_with(OWN_PREFIX) && !OF_OUR_PARENT.contains(&key.as_str()))
             .collect(),
         nofile: raise_nofile(),
         reset_oom_score: is_init && avoid_oom_killer(),
@@ -98,7 +100,11 @@ fn serve(args: &Args, token: String) -> std::io::Result<()> {
         println!("{}", listener.local_addr()?.port());
     }
     let core = Core::new(Poller::new()?, Pool::new()?, host, token, random_id()?);
-    Ok(Server::new(core, listener, signals)?.run()?)
+    let server = Server::new(core, listener, signals)?;
+    if is_init {
+        server.warm_up();
+    }
+    Ok(server.run()?)
 }
 
 /// Every process costs us some descriptors. Returns the limits children go back to.

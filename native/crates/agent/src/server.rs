@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::io::ErrorKind;
 use std::net::TcpListener;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -11,6 +12,7 @@ use nix::sys::signalfd::SignalFd;
 use crate::conn::Conn;
 use crate::core::{Core, Done, Outcome};
 use crate::poller::{Event, Interest, Token};
+use crate::process::{StreamKey, warm_up};
 use crate::timers::Timer;
 
 const CONNS_MAX: usize = 256;
@@ -45,6 +47,16 @@ impl Server {
             unread: HashSet::new(),
             is_init: std::process::id() == 1,
         })
+    }
+
+    /// Prepare what the first command would otherwise wait for, while the host is still connecting.
+    pub fn warm_up(&self) {
+        let (host, identity) = (Arc::clone(&self.core.host), Arc::clone(&self.core.identity));
+        let key = StreamKey { conn: 0, stream: 0 };
+        self.core.call(key, move || {
+            warm_up(&host, &identity);
+            Ok(Vec::new())
+        });
     }
 
     /// Serve until told to stop, which PID 1 never is.

@@ -12,7 +12,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDe
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Code, OpError, OpResult};
-use crate::files::checked_path;
+use crate::files::check_place;
 
 /// Directories below one watch; the kernel's own limit may be lower.
 const DIRECTORIES_MAX: usize = 50_000;
@@ -34,6 +34,7 @@ pub struct WatchArguments {
     path: String,
     #[serde(default)]
     recursive: bool,
+    roots: Option<Vec<String>>,
 }
 
 /// A watch; the kernel's part exists from the first step on.
@@ -90,7 +91,8 @@ impl Watcher {
     }
 
     fn start(&mut self) -> OpResult<()> {
-        let path = PathBuf::from(checked_path(self.arguments.path.clone())?);
+        check_place(&self.arguments.path, self.arguments.roots.as_deref())?;
+        let path = PathBuf::from(&self.arguments.path);
         let failed = |errno| match errno {
             Errno::ENOSPC => OpError::new(Code::TooMany, "the kernel's limit of watches is reached"),
             errno => OpError::of_errno(errno, &path.to_string_lossy()),

@@ -13,7 +13,7 @@ pub use change::{chmod, chown, mkdir, remove, rename};
 pub use copy::copy;
 pub use entry::stat;
 pub use list::list;
-pub use path::checked_path;
+pub use path::{check_place, checked_path};
 pub use read::{FileReader, ReadStep};
 pub use write::{FileWriter, WriteStep};
 

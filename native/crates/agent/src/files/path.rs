@@ -114,6 +114,11 @@ pub fn locate(path: &str, links: Links, roots: Option<&[String]>) -> OpResult<Ta
     Err(OpError::of_errno(Errno::ELOOP, &path.to_string_lossy()))
 }
 
+/// Whether `path` is well-formed and leads into one of `roots`.
+pub fn check_place(path: &str, roots: Option<&[String]>) -> OpResult<()> {
+    locate(path, Links::Follow, roots).map(drop)
+}
+
 fn locate_name(path: &Path) -> nix::Result<Target> {
     // `file_name` takes "a/b/." and "a/b/" for b, as mkdir and rename do; ".." and the root have no name.
     let (parent, name) = match (path.parent(), path.file_name()) {

@@ -7,9 +7,11 @@
 //! *Exited*: the kernel told us the status. *Finished*: its output is over as well, so readers may be told.
 
 mod input;
+mod login;
 mod output;
 mod record;
 mod ring;
+mod shell;
 mod spawn;
 mod spawn_unsafe;
 mod table;
@@ -17,9 +19,10 @@ mod tty;
 mod tty_unsafe;
 
 pub use input::Input;
+pub use login::Logins;
 pub use output::Output;
 pub use record::{Exit, Record, signal_from_json};
-pub use spawn::{Command, Host, Request, Spawned, spawn};
+pub use spawn::{Command, Host, Request, Spawned, spawn, warm_up};
 pub use table::{Draft, Processes, Wanted, signal};
 pub use tty::{Size, resize};
 

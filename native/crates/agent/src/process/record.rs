@@ -123,7 +123,7 @@ mod tests {
         for value in [json!("SIGINT"), json!("int"), json!(2), json!("2")] {
             assert_eq!(signal_from_json(&value).unwrap(), Signal::SIGINT);
         }
-        for value in [json!("SIGNONE"), json!(0), json!(-1), json!(1 << 40), json!(null), json!([])] {
+        for value in [json!("SIGNONE"), json!(0), json!(-1), json!(1_u64 << 40), json!(null), json!([])] {
             assert!(signal_from_json(&value).is_err(), "{value}");
         }
     }

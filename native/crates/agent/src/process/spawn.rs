@@ -1,7 +1,7 @@
 //! From an `exec` request to a running program: user, environment, search path, pipes.
 
 use std::collections::BTreeMap;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -10,6 +10,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{Pid, pipe2};
 
+use super::login::{Login, Logins};
+use super::shell::{exports, plain_words};
 use super::spawn_unsafe::{self, Plan, SpawnError, Step};
 use super::tty::{self, Size};
 use crate::error::{Code, OpError, OpResult};
@@ -20,8 +22,11 @@ use crate::users::{User, Users};
 const PIPE_BYTES: i32 = 1024 * 1024;
 const PATH_ROOT: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const PATH_USER: &str = "/usr/local/bin:/usr/bin:/bin";
-/// Where commands start when the caller does not say, if it is there.
 const WORKSPACE: &str = "/workspace";
+
+/// Where bash may be.
+pub const BASH_FILES: [&CStr; 3] = [c"/bin/bash", c"/usr/bin/bash", c"/usr/local/bin/bash"];
+const SH_FILE: &CStr = c"/bin/sh";
 
 /// What to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +49,7 @@ pub struct Request {
 /// What the agent itself lends to every program it starts.
 pub struct Host {
     pub users: Arc<Users>,
+    pub logins: Logins,
     pub null: OwnedFd,
     pub env: BTreeMap<String, String>,
     pub nofile: Option<(u64, u64)>,
@@ -83,17 +89,21 @@ pub fn spawn(request: &Request, host: &Host, identity: &Identity) -> OpResult<Sp
     if ourselves != 0 && ourselves != user.uid {
         return Err(OpError::new(Code::PermissionDenied, format!("the agent may not become {:?}", user.name)));
     }
-    let env = environment(request, host, identity, &user);
-    let cwd = match &request.cwd {
-        Some(cwd) => cwd.clone(),
-        None if Path::new(WORKSPACE).is_dir() => WORKSPACE.to_owned(),
-        None => user.home.clone(),
+    let login = match &request.command {
+        Command::Shell(_) => Some(login(&user, host, identity)),
+        Command::Argv(_) => None,
     };
+    let cwd = request.cwd.clone().unwrap_or_else(|| default_directory(&user));
+    let env = environment(request, host, identity, &user, login.as_deref(), &cwd);
     let stdio = open_stdio(request, &user).map_err(|errno| OpError::of_errno(errno, "cannot open pipes"))?;
     let env_strings =
         env.iter().map(|(key, value)| c_string(format!("{key}={value}"))).collect::<OpResult<Vec<_>>>()?;
     let cwd_string = c_string(cwd.clone())?;
-    let mut attempts = attempts(&request.command, env.get("PATH").map_or("", String::as_str))?;
+    let path = env.get("PATH").map_or("", String::as_str);
+    let mut attempts = match &request.command {
+        Command::Argv(argv) => program_attempts(argv, path)?,
+        Command::Shell(line) => shell_attempts(line, path, login.as_deref(), &explicit(request, identity))?,
+    };
     let null = host.null.as_fd();
     let started = loop {
         let plan = Plan {
@@ -107,11 +117,12 @@ pub fn spawn(request: &Request, host: &Host, identity: &Identity) -> OpResult<Sp
             reset_oom_score: host.reset_oom_score,
         };
         match spawn_unsafe::spawn(&plan) {
-            // A script without an interpreter line is one for sh, as execvp(3) has it.
-            Err(SpawnError { step: Step::Exec, errno: Errno::ENOEXEC, attempt })
-                if attempts[attempt].0 != *c"/bin/sh" =>
-            {
-                attempts = vec![script(&attempts[attempt])];
+            Err(SpawnError { step: Step::Exec, errno: Errno::ENOEXEC, attempt }) if attempts[attempt].0 != *SH_FILE => {
+                attempts = match &request.command {
+                    // A script without an interpreter line is one for sh, as execvp(3) has it.
+                    Command::Argv(_) => vec![script(&attempts[attempt])],
+                    Command::Shell(_) => attempts.split_off(attempt + 1),
+                };
             }
             other => break other,
         }
@@ -121,18 +132,59 @@ pub fn spawn(request: &Request, host: &Host, identity: &Identity) -> OpResult<Sp
     Ok(Spawned { pid, user: user.name.clone(), cwd, stdin, stdout, stderr, pty })
 }
 
-/// Later sources win: the agent's own environment, the account, the machine's identity, the request.
-fn environment(request: &Request, host: &Host, identity: &Identity, user: &User) -> BTreeMap<String, String> {
+/// Where a command starts that does not say: the workspace, else home, else the root, whichever is there.
+fn default_directory(user: &User) -> String {
+    let candidates = [WORKSPACE, &user.home];
+    candidates.into_iter().find(|path| Path::new(path).is_dir()).unwrap_or("/").to_owned()
+}
+
+/// Find out what the default user's login files do, before the first shell line has to wait for it.
+pub fn warm_up(host: &Host, identity: &Identity) {
+    if let Ok(user) = host.users.find(None) {
+        login(&user, host, identity);
+    }
+}
+
+fn login(user: &User, host: &Host, identity: &Identity) -> Arc<Login> {
+    let mut env = account_environment(host, user);
+    identity.apply(&mut env);
+    host.logins.of(user, identity, &env, &host.null, nix::unistd::geteuid().is_root())
+}
+
+/// Later sources win: the agent's own environment, the account, its login files, the machine's identity, the request.
+fn environment(
+    request: &Request,
+    host: &Host,
+    identity: &Identity,
+    user: &User,
+    login: Option<&Login>,
+    cwd: &str,
+) -> BTreeMap<String, String> {
+    let mut env = account_environment(host, user);
+    env.insert("PWD".to_owned(), cwd.to_owned());
+    if request.pty.is_some() {
+        env.insert("TERM".to_owned(), "xterm-256color".to_owned());
+    }
+    if let Some(login) = login {
+        login.apply(&mut env);
+    }
+    identity.apply(&mut env);
+    env.extend(request.env.iter().map(|(key, value)| (key.clone(), value.clone())));
+    env
+}
+
+/// What the machine's identity and the request set themselves.
+fn explicit<'a>(request: &'a Request, identity: &'a Identity) -> BTreeMap<&'a str, &'a str> {
+    let both = identity.env().iter().chain(&request.env);
+    both.map(|(name, value)| (name.as_str(), value.as_str())).collect()
+}
+
+fn account_environment(host: &Host, user: &User) -> BTreeMap<String, String> {
     let mut env = host.env.clone();
     env.entry("PATH".to_owned()).or_insert_with(|| if user.uid == 0 { PATH_ROOT } else { PATH_USER }.to_owned());
     env.entry("LANG".to_owned()).or_insert_with(|| "C.UTF-8".to_owned());
     let account = [("HOME", &user.home), ("USER", &user.name), ("LOGNAME", &user.name), ("SHELL", &user.shell)];
     env.extend(account.map(|(key, value)| (key.to_owned(), value.clone())));
-    if request.pty.is_some() {
-        env.insert("TERM".to_owned(), "xterm-256color".to_owned());
-    }
-    identity.apply(&mut env);
-    env.extend(request.env.iter().map(|(key, value)| (key.clone(), value.clone())));
     env
 }
 
@@ -140,29 +192,42 @@ fn c_string(text: String) -> OpResult<CString> {
     CString::new(text).map_err(|_| OpError::bad_request("a NUL byte in the command, its environment or directory"))
 }
 
+/// Files to try in turn, each with its arguments.
+type Attempts = Vec<(CString, Vec<CString>)>;
+
 /// The files `execvp` would try, in its order.
-fn attempts(command: &Command, path: &str) -> OpResult<Vec<(CString, Vec<CString>)>> {
-    match command {
-        Command::Shell(line) => {
-            let bash = ["bash", "-lc", line];
-            let sh = ["sh", "-c", line];
-            [("/bin/bash", bash), ("/usr/bin/bash", bash), ("/usr/local/bin/bash", bash), ("/bin/sh", sh)]
-                .into_iter()
-                .map(|(file, argv)| Ok((c_string(file.to_owned())?, c_strings(argv)?)))
-                .collect()
-        }
-        Command::Argv(argv) => {
-            let arguments = c_strings(argv.iter().map(String::as_str))?;
-            let program = argv.first().map_or("", String::as_str);
-            if program.contains('/') || program.is_empty() {
-                return Ok(vec![(c_string(program.to_owned())?, arguments)]);
-            }
-            path.split(':')
-                .map(|dir| if dir.is_empty() { program.to_owned() } else { format!("{dir}/{program}") })
-                .map(|file| Ok((c_string(file)?, arguments.clone())))
-                .collect()
-        }
+fn program_attempts(argv: &[String], path: &str) -> OpResult<Attempts> {
+    let arguments = c_strings(argv.iter().map(String::as_str))?;
+    let program = argv.first().map_or("", String::as_str);
+    if program.contains('/') {
+        return Ok(vec![(c_string(program.to_owned())?, arguments)]);
     }
+    path.split(':')
+        .map(|dir| if dir.is_empty() { program.to_owned() } else { format!("{dir}/{program}") })
+        .map(|file| Ok((c_string(file)?, arguments.clone())))
+        .collect()
+}
+
+/// A shell for the line, and before it the program itself if the line is nothing more.
+fn shell_attempts(
+    line: &str,
+    path: &str,
+    login: Option<&Login>,
+    explicit: &BTreeMap<&str, &str>,
+) -> OpResult<Attempts> {
+    let mut attempts = Vec::new();
+    if let (Some(Login::Variables(_)), Some(words)) = (login, plain_words(line)) {
+        let argv: Vec<String> = words.into_iter().map(str::to_owned).collect();
+        attempts = program_attempts(&argv, path)?;
+    }
+    let bash = match login {
+        Some(Login::Variables(_)) => c_strings(["bash", "-c", line])?,
+        // What the caller asks for wins over what the login files set.
+        _ => c_strings(["bash", "-lc", &format!("{}{line}", exports(explicit))])?,
+    };
+    attempts.extend(BASH_FILES.map(|file| (file.to_owned(), bash.clone())));
+    attempts.push((SH_FILE.to_owned(), c_strings(["sh", "-c", line])?));
+    Ok(attempts)
 }
 
 fn c_strings<'a>(strings: impl IntoIterator<Item = &'a str>) -> OpResult<Vec<CString>> {
@@ -170,7 +235,7 @@ fn c_strings<'a>(strings: impl IntoIterator<Item = &'a str>) -> OpResult<Vec<CSt
 }
 
 fn script((file, argv): &(CString, Vec<CString>)) -> (CString, Vec<CString>) {
-    let shell = c"/bin/sh".to_owned();
+    let shell = SH_FILE.to_owned();
     let arguments = [shell.clone(), file.clone()].into_iter().chain(argv.iter().skip(1).cloned());
     (shell, arguments.collect())
 }
