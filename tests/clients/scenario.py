@@ -1,9 +1,9 @@
 """What a user of the official `miosa` package does in a day; run with the interpreter of one of its environments.
 
-python scenario.py BASE_URL API_KEY OTHER_API_KEY
+python scenario.py BASE_URL API_KEY STRICT_BASE_URL STRICT_API_KEY
 
-OTHER_API_KEY belongs to another workspace, whose request rate is used up here. Each step prints a line. The package is
-used as it is; what one of its releases cannot do is skipped by its version, with the reason.
+The strict server allows so few requests that its limit is soon met. Each step prints a line. The package is used as it
+is; what one of its releases cannot do is skipped by its version, with the reason.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ PACKAGE_JSON = b'{\n  "name": "caf\xc3\xa9",\n  "content": "YWJj",\n  "data": {"
 class Scenario:
     """The steps, in order: each method that starts with `step_`."""
 
-    def __init__(self, base_url: str, api_key: str, other_key: str) -> None:
+    def __init__(self, base_url: str, api_key: str, strict_base_url: str, strict_api_key: str) -> None:
         self.base_url = base_url
         self.api_key = api_key
-        self.other_key = other_key
+        self.strict_base_url = strict_base_url
+        self.strict_api_key = strict_api_key
         self.client = miosa.Miosa(api_key=api_key, base_url=base_url)
 
     def run(self) -> None:
@@ -249,10 +250,10 @@ class Scenario:
         assert all(error.request_id.startswith("req_") for error in (missing, refused, invalid))
 
     def step_rate_limit(self) -> None:
-        hasty = miosa.Miosa(api_key=self.other_key, base_url=self.base_url, max_retries=0)
+        hasty = miosa.Miosa(api_key=self.strict_api_key, base_url=self.strict_base_url, max_retries=0)
 
         def use_up() -> None:
-            for _ in range(5000):
+            for _ in range(100):
                 hasty.sandboxes.list()
 
         limited = raised(errors.RateLimitError, use_up)

@@ -24,17 +24,24 @@ _SCENARIO_S = 240
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     # Four users of one workspace at once need more than the usual 300 requests a minute.
-    with ServerProcess(tmp_path_factory.mktemp("clients"), rate_limit_per_minute=1000) as server:
+    with ServerProcess(tmp_path_factory.mktemp("clients"), rate_limit_per_minute=3000) as server:
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda _: make_sandbox(server), range(_CROWD)))
         yield server
 
 
 @pytest.fixture(scope="module")
-def runs(server: ServerProcess) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """All releases at once: they wait for each other's sandboxes more than they work."""
+def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """Another server, which allows few requests."""
+    with ServerProcess(tmp_path_factory.mktemp("strict"), driver="fake", rate_limit_per_minute=10) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def runs(server: ServerProcess, strict_server: ServerProcess) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """All releases at once: they wait for their sandboxes more than they work."""
     subprocess.run([ROOT / "scripts/client-envs"], check=True, stdout=sys.stderr, timeout=600)
-    started = {version: start(version, server) for version in VERSIONS}
+    started = {version: start(version, server, strict_server) for version in VERSIONS}
     yield started
     for process in started.values():
         if process.poll() is None:
@@ -50,9 +57,9 @@ def make_sandbox(server: ServerProcess) -> None:
         assert answer.status == 201
 
 
-def start(version: str, server: ServerProcess) -> subprocess.Popen[str]:
+def start(version: str, *servers: ServerProcess) -> subprocess.Popen[str]:
     python = ROOT / ".build/clients" / version / "bin/python"
-    arguments = [server.base_url, server.api_key, server.make_key(f"hasty {version}")]
+    arguments = [word for server in servers for word in (server.base_url, server.api_key)]
     return subprocess.Popen([python, SCENARIO, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
