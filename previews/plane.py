@@ -145,10 +145,13 @@ class PlaneClient:
         The provider must take the snapshot's version before it reads anything else.
         """
         writer = self._writer
-        snapshot = await snapshot_provider()
-        if writer is None or writer is not self._writer:
+        if writer is None:
             raise _unavailable()
+        # First of all: what is pushed from here on is kept, whether or not the provider still sees it.
         writer.write(_line({"t": "sync_begin"}))
+        snapshot = await snapshot_provider()
+        if writer is not self._writer:
+            raise _unavailable()
         records: list[SandboxRoute | KeyRoute] = [*snapshot.sandboxes, *snapshot.keys]
         try:
             for start in range(0, len(records), _SYNC_BATCH):
@@ -243,7 +246,7 @@ class PlaneClient:
                 await self._on_new_epoch()
             except PlaneError as error:
                 _log.warning("the plane could not be synced: %s", error)
-            except Exception:
+            except Exception:  # noqa: BLE001 - whatever the provider has, it is to be tried again
                 _log.exception("the plane could not be synced")
             else:
                 self._synced_epoch = epoch

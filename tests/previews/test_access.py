@@ -137,8 +137,7 @@ def routes(port: int, visibility: str) -> SandboxRoute:
     ]
     if visibility == "unopened":
         # No preview, so no shares: their tokens are kept for the sandbox instead, to test the port alone.
-        for rule in shares:
-            tokens.append(TokenRule(rule.hash, rule.expires_at, port, rule.path))
+        tokens += [TokenRule(rule.hash, rule.expires_at, port, rule.path) for rule in shares]
     else:
         ports[port] = PortRoute("p1", "public" if visibility == "public" else "private", shares)
     return SandboxRoute(1, SLUGS[visibility], visibility, "w1", "127.0.0.1", "running", ports, tokens)
@@ -170,10 +169,9 @@ async def push_all(plane: Plane, port: int) -> None:
 async def accept_all(exchange: Exchange) -> None:
     """Switch protocols when asked to; otherwise answer with what was received."""
     if exchange.head.get("upgrade"):
-        return await exchange.send(
-            b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
-        )
-    await describe(exchange)
+        await exchange.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    else:
+        await describe(exchange)
 
 
 async def test_every_way_of_knocking(plane: Plane) -> None:

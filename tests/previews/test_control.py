@@ -61,8 +61,15 @@ async def wire(plane: Plane) -> AsyncIterator[Wire]:
 
 def sandbox(name: str, v: int, **changes: Any) -> dict[str, Any]:
     return {
-        **{"t": "sandbox", "v": v, "id": sandbox_id(name), "slug": name, "owner": "w1", "address": "127.0.0.1"},
-        **{"state": "running", "ports": {}, "tokens": []},
+        "t": "sandbox",
+        "v": v,
+        "id": sandbox_id(name),
+        "slug": name,
+        "owner": "w1",
+        "address": "127.0.0.1",
+        "state": "running",
+        "ports": {},
+        "tokens": [],
         **changes,
     }
 
@@ -138,6 +145,19 @@ async def test_a_sync_drops_what_it_does_not_repeat(plane: Plane) -> None:
         assert await status(plane, host(upstream.port, "old")) == 410
         await control.ask(sandbox("old", 101, ports=public(upstream.port)))
         assert await status(plane, host(upstream.port, "old")) == 200
+
+
+async def test_a_sync_keeps_what_was_pushed_after_it_began(plane: Plane) -> None:
+    """The push of a row that was written while the snapshot was being read, with a version from before."""
+    async with tcp_upstream(describe) as upstream, wire(plane) as control, wire(plane) as other:
+        await control.ask(sandbox("before", 1, ports=public(upstream.port)))
+        await control.send({"t": "sync_begin"})
+        assert (await control.ask({"t": "stats"}))["sandboxes"] == 1
+        await other.ask(sandbox("meanwhile", 99))
+        await other.ask({"t": "key", "v": 99, "hash": KEY, "owner": "w1", "expires_at": None})
+        await control.ask({"t": "sync_end", "v": 100})
+        assert await status(plane, host(upstream.port, "before")) == 410
+        assert await status(plane, host(upstream.port, "meanwhile"), "X-API-Key: msk_live_k") == 200
 
 
 async def test_a_sync_cut_off_drops_nothing(plane: Plane) -> None:

@@ -179,20 +179,20 @@ HELLO = b'{"t":"hello","version":1,"epoch":"e","sandboxes":0}\n'
 
 @pytest.mark.parametrize("answer", [b"", b"junk\n", b"[]\n", b'{"t":"hello","version":2,"epoch":"e"}\n', b"x" * 2**21])
 async def test_a_peer_that_is_no_plane_is_left_and_tried_again(run_dir: Path, answer: bytes) -> None:
-    async with scripted_plane(run_dir / "p.sock", answer, HELLO) as heard:
-        async with PlaneClient(str(run_dir / "p.sock"), push_timeout_s=0.1) as client:
-            await client.wait_connected(PATIENCE_S)
-            assert len(heard) >= 2
+    path = run_dir / "p.sock"
+    async with scripted_plane(path, answer, HELLO) as heard, PlaneClient(str(path), push_timeout_s=0.1) as client:
+        await client.wait_connected(PATIENCE_S)
+        assert len(heard) >= 2
 
 
 async def test_only_the_newest_of_unacknowledged_records_is_sent_again(run_dir: Path) -> None:
-    async with scripted_plane(run_dir / "p.sock", HELLO) as heard:
-        async with PlaneClient(str(run_dir / "p.sock"), push_timeout_s=0.3) as client:
-            await client.wait_connected(PATIENCE_S)
-            routes = [SandboxRoute(v, sandbox_id("a"), "a", "w1", "127.0.0.1") for v in (1, 2)]
-            outcomes = await asyncio.gather(*map(client.put_sandbox, routes), return_exceptions=True)
-            assert all(isinstance(outcome, PlaneError) for outcome in outcomes)
-            await eventually(lambda: len(heard) >= 2 and bool(heard[1]), "the next connection")
+    path = run_dir / "p.sock"
+    async with scripted_plane(path, HELLO) as heard, PlaneClient(str(path), push_timeout_s=0.3) as client:
+        await client.wait_connected(PATIENCE_S)
+        routes = [SandboxRoute(v, sandbox_id("a"), "a", "w1", "127.0.0.1") for v in (1, 2)]
+        outcomes = await asyncio.gather(*map(client.put_sandbox, routes), return_exceptions=True)
+        assert all(isinstance(outcome, PlaneError) for outcome in outcomes)
+        await eventually(lambda: len(heard) >= 2 and bool(heard[1]), "the next connection")
     assert [line["v"] for line in heard[0]] == [1, 2]
     assert [line["v"] for line in heard[1]] == [2]
 
@@ -211,9 +211,10 @@ async def test_a_failed_renewal_is_tried_again(run_dir: Path, error: Exception) 
         if renewals < 4:
             raise error
 
-    async with scripted_plane(run_dir / "p.sock", HELLO) as heard:
-        async with PlaneClient(str(run_dir / "p.sock"), on_new_epoch=renew, push_timeout_s=0.05) as client:
-            await eventually(lambda: renewals == 4 and len(heard) == 2, "it is tried again")
+    path = run_dir / "p.sock"
+    client = PlaneClient(str(path), on_new_epoch=renew, push_timeout_s=0.05)
+    async with scripted_plane(path, HELLO) as heard, client:
+        await eventually(lambda: renewals == 4 and len(heard) == 2, "it is tried again")
 
 
 def test_tokens_are_told_by_their_form_and_kept_as_hashes() -> None:

@@ -91,6 +91,15 @@ async def test_the_routes_file_does_not_grow_for_ever(plane: Plane) -> None:
     await eventually(lambda: path.stat().st_size < 100_000, "3 MB of pushes are rewritten to what is left of them")
 
 
+async def until_refused(plane: Plane) -> None:
+    """Wait until the plane takes no new connection."""
+    with contextlib.suppress(ConnectionError):
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                async with plane.client():
+                    await asyncio.sleep(0.01)
+
+
 async def test_requests_in_flight_end_before_the_process_does(plane: Plane, api: Upstream) -> None:
     proceed = asyncio.Event()
 
@@ -105,11 +114,7 @@ async def test_requests_in_flight_end_before_the_process_does(plane: Plane, api:
         plane.process.terminate()
         # An idle connection is closed, a new one is not taken any more.
         assert await idle.rest() == b""
-        with pytest.raises(ConnectionError):
-            async with asyncio.timeout(PATIENCE_S):
-                while True:
-                    async with plane.client():
-                        await asyncio.sleep(0.01)
+        await until_refused(plane)
         proceed.set()
         response = await busy.response()
         assert (response.body, response.head.get("connection")) == (b"done", "close")
@@ -142,11 +147,7 @@ async def test_a_second_signal_ends_the_drain(plane: Plane, api: Upstream) -> No
         await client.send("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         await eventually(lambda: len(api.requests) == 1, "the request is under way")
         plane.process.terminate()
-        with contextlib.suppress(ConnectionError):
-            async with asyncio.timeout(PATIENCE_S):
-                while True:
-                    async with plane.client():
-                        await asyncio.sleep(0.01)
+        await until_refused(plane)
         plane.process.send_signal(signal.SIGINT)
         assert await plane.stop() == 0
 

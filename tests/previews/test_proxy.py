@@ -247,9 +247,10 @@ async def test_expect_is_the_upstreams_to_answer(plane: Plane, api: Upstream) ->
     async def strict(exchange: Exchange) -> None:
         assert exchange.head.get("expect") == "100-continue"
         if exchange.head.target == "/no":
-            return await exchange.answer(b"", "413 Content Too Large", "Connection: close")
-        await exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        await exchange.answer(await exchange.body())
+            await exchange.answer(b"", "413 Content Too Large", "Connection: close")
+        else:
+            await exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            await exchange.answer(await exchange.body())
 
     api.handler = strict
     async with plane.client() as client:
@@ -292,8 +293,9 @@ async def test_responses_without_a_body_keep_the_connection(
 ) -> None:
     async def bare(exchange: Exchange) -> None:
         if exchange.head.target == "/next":
-            return await exchange.answer(b"next")
-        await exchange.send("\r\n".join([f"HTTP/1.1 {status}", *fields]).encode() + b"\r\n\r\n")
+            await exchange.answer(b"next")
+        else:
+            await exchange.send("\r\n".join([f"HTTP/1.1 {status}", *fields]).encode() + b"\r\n\r\n")
 
     api.handler = bare
     async with plane.client() as client:

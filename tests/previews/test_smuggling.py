@@ -123,7 +123,7 @@ async def outcomes(plane: Plane, messages: dict[str, str]) -> dict[str, Outcome]
 
 
 def all_of(messages: dict[str, str], status: int, code: str) -> dict[str, Outcome]:
-    return {name: (status, code, "close", b"") for name in messages}
+    return dict.fromkeys(messages, (status, code, "close", b""))
 
 
 async def test_ambiguous_heads_are_refused(plane: Plane, api: Upstream) -> None:

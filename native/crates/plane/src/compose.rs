@@ -113,9 +113,14 @@ fn push_request_field(
 ) {
     let line = field.line(head);
     let is_passed = match field.name {
-        // Some of these are said anew, in our words.
-        Name::Connection | Name::ContentLength | Name::Forwarding | Name::Host | Name::TransferEncoding => false,
-        Name::HopByHop | Name::Private => false,
+        Name::HopByHop
+        | Name::Private
+        // These are said anew, in our words.
+        | Name::Connection
+        | Name::ContentLength
+        | Name::Forwarding
+        | Name::Host
+        | Name::TransferEncoding => false,
         Name::Upgrade => request.is_upgrade,
         // A client of HTTP/1.0 could not be told to go on.
         Name::Expect => request.minor == 1,

@@ -175,7 +175,7 @@ impl SandboxRecord {
             StateName::Running => State::Running,
             StateName::Starting => State::Starting,
         };
-        table.put_sandbox(self.v, &self.id, self.address, |live| Sandbox {
+        table.put_sandbox(self.v, &self.id, self.address, |live, generation| Sandbox {
             v: self.v,
             id: self.id.as_str().into(),
             slug: self.slug.into(),
@@ -185,6 +185,7 @@ impl SandboxRecord {
             ports,
             tokens,
             live,
+            generation,
             line: line.into(),
         });
         Ok(())
@@ -211,7 +212,7 @@ pub fn apply(body: Body, line: &str, table: &Table, sync: &mut Option<Seen>, now
             }
         }
         Body::KeyGone { v, hash, at } => table.put_key(v, digest(&hash)?, None, at.unwrap_or(now)),
-        Body::SyncBegin => *sync = Some(Seen::default()),
+        Body::SyncBegin => *sync = Some(Seen::new(table)),
         Body::SyncEnd { v } => match sync.take() {
             Some(seen) => table.retain(v, &seen, now),
             None => return Err("sync_end without sync_begin".into()),

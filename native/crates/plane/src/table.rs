@@ -70,6 +70,8 @@ pub struct Sandbox {
     pub tokens: Vec<Grant>,
     /// Shared with earlier and later versions.
     pub live: Arc<Live>,
+    /// The table's generation when it was pushed.
+    pub generation: u64,
     /// The control message that made it, for the journal.
     pub line: Box<str>,
 }
@@ -120,6 +122,7 @@ pub struct KeyEntry {
     /// None once it is revoked.
     pub key: Option<Arc<Key>>,
     at: u64,
+    generation: u64,
 }
 
 /// The answer to a look-up.
@@ -259,8 +262,9 @@ impl Table {
         }
     }
 
-    /// Puts a sandbox unless a newer record is known. `make` receives what it shares with the version before.
-    pub fn put_sandbox(&self, v: u64, id: &str, address: IpAddr, make: impl FnOnce(Arc<Live>) -> Sandbox) {
+    /// Puts a sandbox unless a newer record is known. `make` receives what it shares with the version before
+    /// and the generation to note.
+    pub fn put_sandbox(&self, v: u64, id: &str, address: IpAddr, make: impl FnOnce(Arc<Live>, u64) -> Sandbox) {
         let _writer = self.lock();
         let key = id_key(id);
         let before = self.by_id[id_shard(&key)].load().get(&key).cloned();
@@ -271,7 +275,7 @@ impl Table {
             Some(Entry::Here(old)) if old.address == address => Arc::clone(&old.live),
             _ => Arc::new(Live { incarnation: self.incarnations.fetch_add(1, Ordering::Relaxed), ..Live::default() }),
         };
-        let entry = Arc::new(Entry::Here(Arc::new(make(live))));
+        let entry = Arc::new(Entry::Here(Arc::new(make(live, self.generation()))));
         self.replace(key, before.as_ref(), Some(entry));
     }
 
@@ -333,18 +337,24 @@ impl Table {
         let _writer = self.lock();
         change(&self.keys[usize::from(hash[0])], |shard| {
             if shard.get(&hash).is_none_or(|entry| entry.v <= v) {
-                shard.insert(hash, KeyEntry { v, key: key.map(Arc::new), at });
+                let generation = self.generation();
+                shard.insert(hash, KeyEntry { v, key: key.map(Arc::new), at, generation });
             }
         });
         self.changed();
     }
 
-    /// Ends a full sync: records older than `v` that were not repeated are dropped.
+    /// Ends a full sync: records older than `v` that were not repeated are dropped, unless somebody pushed them after
+    /// it had begun. Such a one may have been written too late for the sync's reader to see.
     pub fn retain(&self, v: u64, seen: &Seen, at: u64) {
         let _writer = self.lock();
         let mut stale = Vec::new();
         self.each_entry(|id, entry| {
-            if matches!(entry, Entry::Here(sandbox) if sandbox.v < v) && !seen.ids.contains(id) {
+            if let Entry::Here(sandbox) = entry
+                && sandbox.v < v
+                && sandbox.generation < seen.since
+                && !seen.ids.contains(id)
+            {
                 stale.push(Box::<str>::from(id));
             }
         });
@@ -352,13 +362,15 @@ impl Table {
             self.bury(key, v, None, at);
         }
         for shard in &self.keys {
-            let is_stale =
-                |hash: &Digest, entry: &KeyEntry| entry.key.is_some() && entry.v < v && !seen.keys.contains(hash);
+            let is_stale = |hash: &Digest, entry: &KeyEntry| {
+                let is_old = entry.v < v && entry.generation < seen.since;
+                entry.key.is_some() && is_old && !seen.keys.contains(hash)
+            };
             if shard.load().iter().any(|(hash, entry)| is_stale(hash, entry)) {
                 change(shard, |keys| {
                     for (hash, entry) in keys.iter_mut() {
                         if is_stale(hash, entry) {
-                            *entry = KeyEntry { v, key: None, at };
+                            *entry = KeyEntry { v, key: None, at, generation: self.generation() };
                         }
                     }
                 });
@@ -424,13 +436,19 @@ fn slug_of(entry: &Entry) -> Option<&str> {
 }
 
 /// What was repeated in the course of a full sync.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Seen {
+    since: u64,
     ids: HashSet<Box<str>>,
     keys: HashSet<Digest>,
 }
 
 impl Seen {
+    /// For a sync that begins now.
+    pub fn new(table: &Table) -> Self {
+        Self { since: table.generation(), ids: HashSet::new(), keys: HashSet::new() }
+    }
+
     /// Notes a sandbox.
     pub fn sandbox(&mut self, id: &str) {
         self.ids.insert(id_key(id));
