@@ -82,7 +82,7 @@ class HostProcess:
             return subprocess.Popen(
                 [sys.executable, "-m", "tests.support.hostd", json.dumps(self._settings)],
                 cwd=ROOT,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
             )
@@ -96,6 +96,10 @@ class HostProcess:
         if self.process is not None:
             await asyncio.to_thread(self._signal, signal.SIGTERM)
 
+    def clean(self) -> None:
+        """Remove the socket's directory, once it will not be started again."""
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
     async def __aenter__(self) -> Self:
         await self.start()
         return self
@@ -103,8 +107,10 @@ class HostProcess:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.stop()
-        shutil.rmtree(self._sockets)
+        try:
+            await self.stop()
+        finally:
+            self.clean()
 
     def _signal(self, number: signal.Signals) -> None:
         process, self.process = self.process, None
@@ -117,5 +123,6 @@ class HostProcess:
             process.wait()
             raise
         finally:
-            if process.stdout is not None:
-                process.stdout.close()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()

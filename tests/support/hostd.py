@@ -1,6 +1,7 @@
 """Runs a real hostd with the gVisor driver, for `HostProcess`: `python -m tests.support.hostd SETTINGS_AS_JSON`.
 
-Prints "ready" once it serves. SIGTERM ends it in order.
+Prints "ready" once it serves. SIGTERM ends it in order, and so does the end of its standard input: a test run that
+is killed takes it along.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ async def _main(settings: dict[str, dict[str, object]]) -> None:
     driver = GvisorDriver(GvisorConfig.for_home(home, **settings["gvisor"]), templates)
     task = asyncio.current_task()
     assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    loop.add_reader(sys.stdin.fileno(), lambda: loop.remove_reader(sys.stdin.fileno()) and task.cancel())
     with contextlib.suppress(asyncio.CancelledError):
         await serve(config, driver, ready=lambda: print("ready", flush=True))
 

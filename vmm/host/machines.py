@@ -112,7 +112,7 @@ class Machines:
     async def destroy(self, machine_id: str, cause: StopCause) -> bool:
         """End a machine; returns, once nothing in it runs, whether it was there to end."""
         machine = self._machines.get(machine_id)
-        if machine is None or machine.record.is_over:
+        if machine is None or machine.dead.is_set():
             return False
         machine.stop(cause)
         await machine.dead.wait()

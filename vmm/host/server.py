@@ -11,7 +11,7 @@ import resource
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -49,10 +49,18 @@ async def serve(config: HostConfig, driver: Driver, *, ready: Callable[[], None]
                 server.close()
                 config.socket_path.unlink(missing_ok=True)
         finally:
-            # Shielded: a second signal must not leave half of the machines behind.
-            await asyncio.shield(machines.close())
+            await _to_the_end(machines.close())
             for client in list(clients):
                 client.wire.close()
+
+
+async def _to_the_end(work: Coroutine[None, None, None]) -> None:
+    """Finish, however often we are cancelled: a second signal must not leave half of the machines behind."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    task.result()
 
 
 def _raise_file_limit() -> None:
