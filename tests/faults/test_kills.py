@@ -41,7 +41,7 @@ async def api(server: ServerProcess) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def lasting(client: httpx.AsyncClient, method: str, path: str, **options) -> httpx.Response:
+async def lasting(client: httpx.AsyncClient, method: str, path: str | httpx.URL, **options) -> httpx.Response:
     """Ask until an answer comes that asking again would not change."""
     async with asyncio.timeout(90):
         while True:
@@ -145,10 +145,10 @@ async def test_sandboxes_outlive_every_part_of_the_server(server: ServerProcess)
         ]
         preview = await lasting(client, "POST", f"{base}/previews", json={"port": 3000, "visibility": "public"})
         url = httpx.URL(preview.json()["url"])
-        through_plane = {"url": url.copy_with(host="127.0.0.1", path="/beat"), "headers": {"host": url.netloc.decode()}}
+        through_plane = url.copy_with(host="127.0.0.1", path="/beat")
 
         async def beat() -> int:
-            answer = await lasting(client, "GET", **{"path": through_plane["url"], "headers": through_plane["headers"]})
+            answer = await lasting(client, "GET", through_plane, headers={"host": url.netloc.decode()})
             return int(answer.text or 0) if answer.status_code == 200 else 0
 
         async def beats() -> bool:
