@@ -48,7 +48,7 @@ class Placement:
 
     address: str
     agent_port: int = AGENT_PORT
-    resolvers: Sequence[str] = ()
+    resolvers: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 

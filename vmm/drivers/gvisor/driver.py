@@ -100,7 +100,7 @@ class GvisorDriver:
                 config.instance,
                 prefix=self._block.prefix,
                 block=self._block.network,
-                resolvers=self.resolvers(),
+                resolvers=tuple(self.resolvers()),
                 allowed=config.egress_allow,
                 denied=[*firewall.NOT_INTERNET, config.address_range, *map(str, network.host_networks())],
             )
@@ -145,7 +145,7 @@ class GvisorDriver:
         started = processes.start_time(sandbox.pid)
         self._watch(spec.id, sandbox.pid, supply.slot.index)
         facts = {"pid": sandbox.pid, "started": started, "slot": supply.slot.index}
-        return Placement(supply.slot.address, resolvers=self.resolvers(), facts=facts)
+        return Placement(supply.slot.address, resolvers=tuple(self.resolvers()), facts=facts)
 
     def _start(self, spec: MachineSpec, token: str, template: Template, supply: Supply) -> runsc.Sandbox:
         try:
