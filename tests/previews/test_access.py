@@ -355,7 +355,7 @@ async def test_a_token_expires_by_itself(plane: Plane) -> None:
     async with tcp_upstream(describe) as upstream:
         share = ShareRule("s", token.hash, time.time() + 1.0)
         await plane.put(ports={upstream.port: PortRoute("p", "private", [share])})
-        seen = []
+        seen: list[int] = []
 
         async def knock() -> None:
             while not seen or seen[-1] == 200:

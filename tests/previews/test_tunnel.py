@@ -30,7 +30,8 @@ async def test_websockets_carry_messages_both_ways(plane: Plane) -> None:
         await plane.put(ports={port: PUBLIC})
         url = f"ws://{host(port)}:{plane.address[1]}/chat"
         async with connect(url, host=plane.address[0], port=plane.address[1], max_size=None, proxy=None) as client:
-            for message in ["hello", b"\x00\xff", "ü" * 100_000, bytes(3_000_000)]:
+            messages: list[str | bytes] = ["hello", b"\x00\xff", "ü" * 100_000, bytes(3_000_000)]
+            for message in messages:
                 await client.send(message)
                 assert await client.recv() == message
             pong = await client.ping()
