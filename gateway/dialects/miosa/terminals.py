@@ -17,12 +17,13 @@ import orjson
 from msgspec import Meta
 from starlette.datastructures import URL
 from starlette.requests import HTTPConnection
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketState
 
 from gateway import commands
 from gateway.dialects.miosa import decode
 from gateway.dialects.miosa.answers import iso_time
 from gateway.dialects.miosa.route import NOTHING, Route, one
+from gateway.errors import GatewayError
 from gateway.pipeline import Call, SocketCall, SocketOperation
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ BEARER_PROTOCOL = "bearer."
 _CONTROLS = frozenset({"stdin", "input", "resize", "signal", "ping"})
 #: What a terminal's own keys would send; a PTY turns them into signals for whatever runs in front.
 _SIGNAL_KEYS = {"SIGINT": b"\x03", "SIGQUIT": b"\x1c", "SIGTSTP": b"\x1a"}
+
+#: What a shell has still to say when it takes no more input.
+_LAST_WORDS_S = 5.0
 
 Cells = Annotated[int, Meta(ge=1, le=1000)]
 
@@ -113,8 +117,7 @@ async def attach(call: SocketCall) -> None:
     query = decode.query(call.socket, AttachQuery)
     sandbox_id = decode.sandbox_id(call)
     session_id = decode.resource_id(call.socket, "session_id", missing="process_not_found")
-    terminal = await call.engine.attach_terminal(call.principal, sandbox_id, session_id)
-    await _serve(call.socket, terminal, query)
+    await _show(call, sandbox_id, session_id, query)
 
 
 async def open_and_attach(call: SocketCall) -> None:
@@ -124,33 +127,54 @@ async def open_and_attach(call: SocketCall) -> None:
     command = commands.OpenTerminal(sandbox_id, call.effect_id, query.rows, query.cols, query.cwd)
     session = await call.engine.open_terminal(call.principal, command)
     try:
-        terminal = await call.engine.attach_terminal(call.principal, sandbox_id, session.id)
-        await _serve(call.socket, terminal, query)
+        await _show(call, sandbox_id, session.id, query)
     finally:
         await call.engine.close_terminal(call.principal, commands.CloseTerminal(sandbox_id, session.id))
 
 
-async def _serve(socket: WebSocket, terminal: Terminal, query: AttachQuery) -> None:
-    """Carry bytes both ways until one side ends."""
+async def _show(call: SocketCall, sandbox_id: str, session_id: str, query: AttachQuery) -> None:
+    """Show a terminal to the caller, until it or the caller ends."""
+    socket = call.socket
+    terminal = await call.engine.attach_terminal(call.principal, sandbox_id, session_id)
     try:
         await socket.accept(subprotocol=_subprotocol(socket))
-        async with asyncio.TaskGroup() as group:
-            reading = group.create_task(_client_to_terminal(socket, terminal))
-            writing = group.create_task(_terminal_to_client(socket, terminal, query))
-            await asyncio.wait({reading, writing}, return_when=asyncio.FIRST_COMPLETED)
-            reading.cancel()
-            writing.cancel()
+        await _carry(socket, terminal, query)
     finally:
         await terminal.close()
+    if socket.client_state is WebSocketState.CONNECTED:
+        await socket.close()
+
+
+async def _carry(socket: WebSocket, terminal: Terminal, query: AttachQuery) -> None:
+    """Bytes both ways until one side ends."""
+    typing = asyncio.create_task(_client_to_terminal(socket, terminal))
+    showing = asyncio.create_task(_terminal_to_client(socket, terminal, query))
+    try:
+        await asyncio.wait({typing, showing}, return_when=asyncio.FIRST_COMPLETED)
+        if typing.done() and socket.client_state is WebSocketState.CONNECTED:
+            typing.result()
+            await asyncio.wait({showing}, timeout=_LAST_WORDS_S)
+        if showing.done():
+            showing.result()
+    finally:
+        typing.cancel()
+        showing.cancel()
+        # Granian keeps a close frame back for as long as somebody waits for the client's next message.
+        await asyncio.wait({typing, showing})
 
 
 async def _client_to_terminal(socket: WebSocket, terminal: Terminal) -> None:
+    """Until the client leaves or the shell has ended."""
     while (message := await socket.receive())["type"] == "websocket.receive":
         data = message.get("bytes")
         if data is None:
             data = await _text_frame(socket, terminal, message["text"])
-        if data:
+        try:
             await terminal.write(data)
+        except GatewayError as error:
+            if error.code != "conflict":
+                raise
+            return
 
 
 async def _text_frame(socket: WebSocket, terminal: Terminal, text: str) -> bytes:
@@ -188,7 +212,6 @@ async def _terminal_to_client(socket: WebSocket, terminal: Terminal, query: Atta
             await socket.send_text(_json({"type": "stdout", "data": text}))
     if (ended := terminal.exit) is not None:
         await socket.send_text(_json({"type": "exit", "code": ended.exit_code, "exit": ended.exit_code}))
-    await socket.close()
 
 
 def _json(value: dict[str, Any]) -> str:
