@@ -210,7 +210,7 @@ fn input_beyond_the_credit_or_with_a_gap_ends_the_stream_only() {
     let mut client = agent.client();
     let stream = client.open(&exec_op(&json!({"argv": ["sleep", "60"], "stdin": true})));
     for i in 0..30 {
-        client.data(stream, i * 65536, &[b'x'; 65536]);
+        client.data(stream, i * 65536, &vec![b'x'; 65536]);
     }
     assert_eq!(client.collect(stream).error(), "bad_request");
     let stream = client.open(&exec_op(&json!({"argv": ["cat"], "stdin": true})));
@@ -226,7 +226,7 @@ fn input_to_a_process_that_takes_none_does_no_harm() {
     let stream =
         client.open(&exec_op(&json!({"argv": ["bash", "-c", "exec 0<&-; sleep 0.2; echo done"], "stdin": true})));
     for i in 0..10 {
-        client.data(stream, i * 65536, &[b'x'; 65536]);
+        client.data(stream, i * 65536, &vec![b'x'; 65536]);
     }
     assert_eq!(client.collect(stream).text(1), "done\n");
 }
