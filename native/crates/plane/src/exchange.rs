@@ -321,7 +321,9 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
         let composed = response::parse(head, self.forward.audience.is_head, &mut fields).map(|response| {
             let is_switch = response.status == 101 && self.forward.is_upgrade;
             let is_unchunked = response.framing == Framing::Chunked && self.forward.minor == 0;
+            // What is left of an upload that is answered early is not read, so another request cannot follow it.
             let is_keep_alive = self.forward.is_keep_alive
+                && (self.is_uploaded.get() || response.status < 200)
                 && response.framing != Framing::UntilClose
                 && !is_unchunked
                 && !self.worker.is_draining.get();
