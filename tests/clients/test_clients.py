@@ -22,12 +22,9 @@ _SCENARIO_S = 240
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    # Four users of one workspace at once need more than the usual 300 requests a minute.
-    with ServerProcess(tmp_path_factory.mktemp("clients"), rate_limit_per_minute=3000) as server:
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda _: make_sandbox(server), range(_CROWD)))
-        yield server
+def crowd(server: ServerProcess) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: make_sandbox(server), range(_CROWD)))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +35,9 @@ def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPr
 
 
 @pytest.fixture(scope="module")
-def runs(server: ServerProcess, strict_server: ServerProcess) -> Iterator[dict[str, subprocess.Popen[str]]]:
+def runs(
+    server: ServerProcess, strict_server: ServerProcess, crowd: None
+) -> Iterator[dict[str, subprocess.Popen[str]]]:
     """All releases at once: they wait for their sandboxes more than they work."""
     subprocess.run([ROOT / "scripts/client-envs"], check=True, stdout=sys.stderr, timeout=600)
     started = {version: start(version, server, strict_server) for version in VERSIONS}
