@@ -68,6 +68,15 @@ class Client:
         self.send_json(frames.ERROR, stream_id, message | ({"detail": error.detail} if error.detail else {}))
 
     def _on_frame(self, frame: Frame) -> None:
+        if not self.wire.is_open:
+            return  # the rest of what came along with the frame that broke the protocol
+        try:
+            self._take(frame)
+        except LinkError as error:
+            logger.warning("cut a client that broke the protocol: %s", error.message)
+            self.wire.abort(error)
+
+    def _take(self, frame: Frame) -> None:
         kind, _, stream_id, _, payload = frame
         if not self._is_greeted:
             self._greet(kind, payload)
@@ -79,8 +88,7 @@ class Client:
             stream.send(frame)
 
     def _greet(self, kind: int, payload: bytes) -> None:
-        hello = orjson.loads(payload) if kind == frames.HELLO else None
-        if not isinstance(hello, dict) or hello.get("version") != VERSION:
+        if kind != frames.HELLO or _decode(payload).get("version") != VERSION:
             self.send_error(0, LinkError("bad_frame", f"expected HELLO with version {VERSION}"))
             self.wire.close()
             return
@@ -248,7 +256,7 @@ def _decode(payload: bytes) -> dict[str, Any]:
     try:
         op = orjson.loads(payload)
     except orjson.JSONDecodeError as error:
-        raise MachineError("bad_request", "OPEN carries no JSON") from error
+        raise LinkError("bad_frame", "a payload that should be JSON is not") from error
     if not isinstance(op, dict):
-        raise MachineError("bad_request", "OPEN carries no JSON object")
+        raise LinkError("bad_frame", "a payload that should be a JSON object is not")
     return op

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
@@ -35,6 +36,7 @@ _CALL_TIMEOUT_S = 10.0
 #: A booting agent listens within tens of milliseconds; one that is gone needs no haste.
 _REDIAL_MIN_S, _REDIAL_MAX_S = 0.003, 0.5
 _REDIAL_GROWTH = 1.3
+_STEADY_S = 5.0
 _KEEPALIVE_PERIOD_S = 3.0
 _SILENT_PERIODS_MAX = 3
 #: How long a stream opened while the line is down waits for it.
@@ -171,16 +173,18 @@ class AgentLine:
                 delay_s = min(delay_s * _REDIAL_GROWTH, _REDIAL_MAX_S)
                 continue
             try:
-                delay_s = _REDIAL_MIN_S
-                await self._keep()
+                up_s = await self._keep()
             finally:
                 self._go_down()
+            # One that greets and hangs up, again and again, is not dialled as fast as it likes.
+            delay_s = _REDIAL_MIN_S if up_s > _STEADY_S else min(delay_s * 2, _REDIAL_MAX_S)
+            await asyncio.sleep(delay_s)
 
     async def _connect(self) -> None:
         loop = asyncio.get_running_loop()
         self._greeting = loop.create_future()
         self._lost = lost = loop.create_future()
-        wire = FrameProtocol(self._on_frame, lambda cause: _settle(lost, cause))
+        wire = FrameProtocol(lambda frame: self._take(wire, frame), lambda cause: _settle(lost, cause))
         try:
             async with asyncio.timeout(_HELLO_TIMEOUT_S):
                 await self._dial(lambda: wire)
@@ -199,22 +203,22 @@ class AgentLine:
         self.is_up.set()
         self._flush()
 
-    async def _keep(self) -> None:
-        """Return once the connection is lost or silent for too long."""
-        if self._wire is None or self._lost is None:
-            return
+    async def _keep(self) -> float:
+        """Return once the connection is lost or silent for too long: for how many seconds it was up."""
+        began = time.monotonic()
         silent_periods = 0
-        while True:
+        while self._wire is not None and self._lost is not None:
             done, _ = await asyncio.wait({self._lost}, timeout=_KEEPALIVE_PERIOD_S)
             if done:
                 self.last_error = str(self._lost.result() or "the agent closed the connection")
-                return
+                break
             silent_periods = 0 if self._wire.has_heard or self._stalled_by else silent_periods + 1
             if silent_periods >= _SILENT_PERIODS_MAX:
                 self.last_error = "the agent has been silent"
-                return
+                break
             self._wire.has_heard = False
             self._wire.send(frames.encode(frames.PING, 0, 0, bytes(8)))
+        return time.monotonic() - began
 
     def _go_down(self) -> None:
         self.is_up.clear()
@@ -243,6 +247,15 @@ class AgentLine:
         for stream in streams.values():
             stream.waiting = None
             stream.receiver.fail(error)
+
+    def _take(self, wire: FrameProtocol, frame: Frame) -> None:
+        if not wire.is_open:
+            return  # the rest of what came along with the frame that broke the protocol
+        try:
+            self._on_frame(frame)
+        except LinkError as error:
+            logger.warning("machine %s: its agent broke the protocol: %s", self._name, error.message)
+            wire.abort(error)
 
     def _on_frame(self, frame: Frame) -> None:
         kind, channel, stream_id, _, payload = frame
@@ -282,9 +295,9 @@ class _Reply:
         if self.result.done():
             return
         if kind == frames.REPLY:
-            self.result.set_result(orjson.loads(payload))
+            self.result.set_result(_decode(payload))
         elif kind == frames.ERROR:
-            message = orjson.loads(payload)
+            message = _decode(payload)
             self.result.set_exception(AgentError(str(message.get("code")), str(message.get("message"))))
         elif kind == frames.CLOSE:
             self.fail(MachineError("agent_unreachable", "the agent ended the stream without an answer"))
@@ -292,6 +305,16 @@ class _Reply:
     def fail(self, error: VmmError) -> None:
         if not self.result.done():
             self.result.set_exception(error)
+
+
+def _decode(payload: bytes) -> dict[str, Any]:
+    try:
+        message = orjson.loads(payload)
+    except orjson.JSONDecodeError as error:
+        raise LinkError("bad_frame", "a payload that should be JSON is not") from error
+    if not isinstance(message, dict):
+        raise LinkError("bad_frame", "a payload that should be a JSON object is not")
+    return message
 
 
 def _settle(lost: asyncio.Future[Exception | None], cause: Exception | None) -> None:

@@ -20,6 +20,7 @@ from vmm.host.config import HostConfig
 from vmm.host.journal import Journal, Record
 from vmm.host.line import AgentLine
 from vmm.host.names import write_names
+from vmm.tasks import run_in_background, stop
 from vmm.types import MachineInfo, MachineState, StopCause
 
 logger = logging.getLogger(__name__)
@@ -54,12 +55,13 @@ class Machine:
         self._config = config
         self._on_change = on_change
         self._signal = asyncio.Event()
+        self._saving = asyncio.Lock()
         self._stop: Exit | None = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self, *, adopted: bool = False) -> None:
         """Begin its life, or continue one that an earlier process began and the driver has adopted."""
-        self._task = asyncio.create_task(self._live(adopted), name=f"machine {self.id}")
+        self._task = run_in_background(self._live(adopted), f"machine {self.id}")
 
     def stop(self, cause: StopCause, detail: str | None = None) -> None:
         """Ask for its end; the first request counts."""
@@ -67,11 +69,12 @@ class Machine:
             self._stop = Exit(cause, detail)
             self._signal.set()
 
-    def update(self, **fields: float | None) -> None:
-        """Change `expires_at` or `idle_timeout_s`."""
+    async def update(self, **fields: float | None) -> None:
+        """Change `expires_at` or `idle_timeout_s`, for good once this returns. Raises MachineError."""
         for name, value in fields.items():
             setattr(self.record, name, value)
         self._signal.set()
+        await self._save()
 
     def touch(self) -> None:
         """Something happened in it."""
@@ -83,7 +86,7 @@ class Machine:
             await asyncio.wait([self._task])
 
     async def _live(self, adopted: bool) -> None:
-        line = asyncio.create_task(self.line.run(), name=f"line {self.id}")
+        line = run_in_background(self.line.run(), f"line {self.id}")
         try:
             end = (None if adopted else await self._boot()) or await self._run()
         except MachineError as error:
@@ -94,8 +97,7 @@ class Machine:
             self.error = MachineError("internal", "hostd failed to run the machine")
             end = Exit(StopCause.BOOT_FAILED, "internal error")
         await self._end(end)
-        line.cancel()
-        await asyncio.wait([line])
+        await stop(line)
 
     async def _boot(self) -> Exit | None:
         """Make it run; returns why it is to end instead, if that was asked for meanwhile. Raises MachineError."""
@@ -224,7 +226,8 @@ class Machine:
 
     async def _save(self) -> None:
         try:
-            await asyncio.to_thread(self._journal.save, self.record)
+            async with self._saving:
+                await asyncio.to_thread(self._journal.save, self.record)
         except OSError as error:
             raise MachineError("driver_failed", "the journal cannot be written", detail=str(error)) from error
 

@@ -15,6 +15,7 @@ from vmm.errors import MachineError
 from vmm.host.config import HostConfig
 from vmm.host.journal import Journal, Record
 from vmm.host.machine import Machine
+from vmm.tasks import run_in_background, stop
 from vmm.types import MachineInfo, MachineSpec, MachineState, MachineStats, StopCause
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Machines:
         running = {machine.id for machine in self._machines.values() if not machine.record.is_over}
         for machine_id in await self.driver.sweep(running):
             logger.warning("ended machine %s, which no record owned", machine_id)
-        self._tidier = asyncio.create_task(self._tidy(), name="tidier")
+        self._tidier = run_in_background(self._tidy(), "tidier")
 
     async def _recover(self, record: Record) -> None:
         machine_id = record.spec.id
@@ -78,9 +79,7 @@ class Machines:
     async def close(self) -> None:
         """End every machine, as many at once as the driver can, and give the host back as it was."""
         self._is_closing = True
-        if self._tidier is not None:
-            self._tidier.cancel()
-            await asyncio.wait([self._tidier])
+        await stop(self._tidier)
         for machine in self._machines.values():
             machine.stop(StopCause.SHUTDOWN)
         ends = [asyncio.create_task(machine.over()) for machine in self._machines.values()]

@@ -53,7 +53,7 @@ async def _list(host: Host, _: Mapping[str, Any]) -> dict[str, list[MachineInfo]
 async def _update(host: Host, op: Mapping[str, Any]) -> MachineInfo:
     machine = host.machines.find_running(_text(op, "id"))
     names = [name for name in ("expires_at", "idle_timeout_s") if name in op]
-    machine.update(**{name: _decode(float | None, op[name]) for name in names})
+    await machine.update(**{name: _decode(float | None, op[name]) for name in names})
     return machine.record.info()
 
 

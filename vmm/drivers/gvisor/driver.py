@@ -23,6 +23,7 @@ from vmm.drivers.gvisor import bundle, cgroups, firewall, network, processes, ru
 from vmm.drivers.gvisor.config import GvisorConfig
 from vmm.drivers.gvisor.supplies import Supplies, Supply
 from vmm.errors import MachineError
+from vmm.tasks import run_in_background, stop
 from vmm.templates.store import Template, TemplateStore
 from vmm.types import MachineSpec, MachineStats, StopCause, TemplateInfo
 
@@ -41,6 +42,7 @@ class _Running:
 
     pid: int
     slot_index: int
+    address: str
     pidfd: int
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     exit: Exit | None = None
@@ -73,7 +75,7 @@ class GvisorDriver:
         await asyncio.to_thread(self._open)
         default = MachineSpec(id="", template="", hostname="")
         self._supplies = Supplies(self._config, self._block, disk_mib=default.disk_mib)
-        self._reaper = asyncio.create_task(self._reap(), name="reaper")
+        self._reaper = run_in_background(self._reap(), "reaper")
 
     def _open(self) -> None:
         if os.geteuid() != 0:
@@ -111,9 +113,7 @@ class GvisorDriver:
         return list(self._config.resolvers) or firewall.host_resolvers()
 
     async def close(self) -> None:
-        if self._reaper is not None:
-            self._reaper.cancel()
-            await asyncio.wait([self._reaper])
+        await stop(self._reaper)
         await self._supplies.close()
         await asyncio.to_thread(self._starters.shutdown)
         for machine in self._running.values():
@@ -131,7 +131,7 @@ class GvisorDriver:
         supply = await self._supplies.take(spec.disk_mib)
         work = asyncio.get_running_loop().run_in_executor(self._starters, self._start, spec, token, template, supply)
         try:
-            sandbox = await asyncio.shield(work)
+            sandbox, pidfd = await asyncio.shield(work)
         except (asyncio.CancelledError, MachineError, OSError) as error:
             # The thread cannot be stopped; what it has made by its end is taken down.
             while not work.done():
@@ -142,12 +142,12 @@ class GvisorDriver:
             if isinstance(error, OSError):
                 raise MachineError("driver_failed", "the sandbox could not be created", detail=str(error)) from error
             raise
-        started = processes.start_time(sandbox.pid)
-        self._watch(spec.id, sandbox.pid, supply.slot.index)
-        facts = {"pid": sandbox.pid, "started": started, "slot": supply.slot.index}
-        return Placement(supply.slot.address, resolvers=tuple(self.resolvers()), facts=facts)
+        facts = {"pid": sandbox.pid, "started": processes.start_time(sandbox.pid), "slot": supply.slot.index}
+        placement = Placement(supply.slot.address, resolvers=tuple(self.resolvers()), facts=facts)
+        self._watch(spec.id, sandbox.pid, pidfd, placement)
+        return placement
 
-    def _start(self, spec: MachineSpec, token: str, template: Template, supply: Supply) -> runsc.Sandbox:
+    def _start(self, spec: MachineSpec, token: str, template: Template, supply: Supply) -> tuple[runsc.Sandbox, int]:
         try:
             config = bundle.make(
                 spec,
@@ -157,8 +157,14 @@ class GvisorDriver:
                 cgroup=self._groups.path(spec.id),
             )
             sandbox = self._runsc.create(spec.id, config, image=template.image, disk=supply.disk.path)
-            self._runsc.start(spec.id, supply.slot)
-            return sandbox
+            # Opened before anything runs in it: a sandbox that ends at once is reaped at once.
+            pidfd = os.pidfd_open(sandbox.pid)
+            try:
+                self._runsc.start(spec.id, supply.slot)
+            except BaseException:
+                os.close(pidfd)
+                raise
+            return sandbox, pidfd
         finally:
             supply.release()
 
@@ -167,13 +173,16 @@ class GvisorDriver:
         if not isinstance(pid, int) or not isinstance(slot, int) or processes.start_time(pid) != started:
             return False
         self._block.reserve(slot)
-        self._watch(machine_id, pid, slot)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return False
+        self._watch(machine_id, pid, pidfd, placement)
         await asyncio.to_thread(self._thaw, machine_id)
         return True
 
     async def dial(self, machine_id: str, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Transport:
-        machine = self._machine(machine_id)
-        _, address = self._block.addresses(machine.slot_index)
+        address = self._machine(machine_id).address
         transport, _ = await asyncio.get_running_loop().create_connection(protocol, address, AGENT_PORT)
         return transport
 
@@ -209,7 +218,11 @@ class GvisorDriver:
         known = await asyncio.to_thread(lambda: self._groups.machines() | self._runsc.ids())
         strangers = sorted(known - set(keep))
         for machine_id in strangers:
-            await self.destroy(machine_id)
+            try:
+                await self.destroy(machine_id)
+            except MachineError as error:
+                # Nothing to stay away for: it is tried again at the next start.
+                logger.warning("machine %s, which no record owns, cannot be ended: %s", machine_id, error.detail)
         self._supplies.start()
         return strangers
 
@@ -235,9 +248,9 @@ class GvisorDriver:
     def _kill(self, machine_id: str) -> bool:
         """One step towards a machine's end; True when nothing of it runs. A frozen process dies only once thawed."""
         pids = self._groups.processes(machine_id)
-        # runsc itself joins the group late, and survives the hostd that called it.
-        root = f"--root={self._config.run_dir}/machines/{machine_id}"
-        if not pids:
+        if not pids and machine_id not in self._running:
+            # A `runsc create` that did not come to its end, perhaps because hostd did. It joins the group late.
+            root = f"--root={self._config.run_dir}/machines/{machine_id}"
             pids = {pid for pid, rest in processes.with_argument(root) if not rest}
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -250,8 +263,8 @@ class GvisorDriver:
     def _watched(self) -> set[int]:
         return {machine.pid for machine in list(self._running.values()) if not machine.ended.is_set()}
 
-    def _watch(self, machine_id: str, pid: int, slot_index: int) -> None:
-        machine = _Running(pid, slot_index, os.pidfd_open(pid))
+    def _watch(self, machine_id: str, pid: int, pidfd: int, placement: Placement) -> None:
+        machine = _Running(pid, placement.facts["slot"], placement.address, pidfd)
         self._running[machine_id] = machine
         asyncio.get_running_loop().add_reader(machine.pidfd, self._end, machine_id, machine)
 

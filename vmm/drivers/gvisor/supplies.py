@@ -14,6 +14,7 @@ from vmm.drivers.gvisor.config import GvisorConfig
 from vmm.drivers.gvisor.disk import Disk, make_disk
 from vmm.drivers.gvisor.network import Block, Slot
 from vmm.errors import MachineError
+from vmm.tasks import run_in_background, stop
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Supplies:
     def start(self) -> None:
         """Begin to fill up. Not before every adopted machine has reserved its index."""
         self._wanted.set()
-        self._filler = asyncio.create_task(self._fill(), name="supplies")
+        self._filler = run_in_background(self._fill(), "supplies")
 
     async def take(self, disk_mib: int) -> Supply:
         """A supply, ready or made now. Raises MachineError: `no_capacity`, `driver_failed`."""
@@ -63,9 +64,7 @@ class Supplies:
 
     async def close(self) -> None:
         """Stop filling up and release what is ready."""
-        if self._filler is not None:
-            self._filler.cancel()
-            await asyncio.wait([self._filler])
+        await stop(self._filler)
         while self._ready:
             supply = self._ready.popleft()
             supply.release()
