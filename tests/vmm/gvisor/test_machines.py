@@ -100,9 +100,19 @@ async def test_touching_keeps_a_machine(client: HostClient) -> None:
     await client.destroy_machine(machine.id, StopCause.REQUESTED)
 
 
-async def test_the_agent_cannot_be_killed_from_inside(box: Box) -> None:
-    await box.shell("kill -9 1; kill -TERM 1; kill -STOP 1", user="root")
+async def test_the_user_cannot_kill_the_agent(box: Box) -> None:
+    await box.shell("kill -9 1; kill -TERM 1; kill -STOP 1")
     assert (await box.run("true")).exit.exit_code == 0
+
+
+async def test_a_machine_that_root_ends_from_inside_is_told_as_exited(client: HostClient) -> None:
+    box = Box(client, await client.create_machine(machine_spec()))
+    with contextlib.suppress(VmmError):
+        await box.shell("kill -9 1", user="root")
+    await until(lambda: _is_over(client, box.machine.id))
+    ended = await client.get_machine(box.machine.id)
+    assert ended.state is MachineState.STOPPED
+    assert ended.cause is StopCause.EXITED
 
 
 async def test_changes_of_state_are_told(client: HostClient) -> None:
