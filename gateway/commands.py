@@ -189,6 +189,15 @@ class SignalProcess:
 
 
 @dataclass(frozen=True, slots=True)
+class StopProcess:
+    """End its whole group: SIGTERM, and SIGKILL for what is left after grace_s."""
+
+    sandbox_id: str
+    pid: int
+    grace_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
 class WriteStdin:
     """Feed bytes to a background process; eof closes its input."""
 

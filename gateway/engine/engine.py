@@ -56,6 +56,7 @@ class Engine:
         self.list_processes = execution.list_processes
         self.get_process = execution.get_process
         self.signal_process = execution.signal_process
+        self.stop_process = execution.stop_process
         self.write_stdin = execution.write_stdin
         self.get_process_output = execution.get_process_output
         self.stream_process_output = execution.stream_process_output

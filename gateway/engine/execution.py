@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,7 @@ from gateway.commands import (
     ListProcesses,
     SignalProcess,
     StartProcess,
+    StopProcess,
     StreamExec,
     StreamProcessOutput,
     WriteStdin,
@@ -21,13 +23,16 @@ from gateway.engine.output import OutputStream, exec_result, last_lines, output_
 from gateway.engine.translate import vmm_errors
 from gateway.errors import invalid
 from gateway.resources import ExecResult, OutputChunk, Principal, Process
+from vmm.agent import Agent
 from vmm.errors import AgentError
-from vmm.guest import Command
+from vmm.guest import Command, ProcessRecord
 
 #: Where commands start and relative paths begin.
 WORKSPACE = "/workspace"
 
 _TIMEOUT_MIN_S = 0.1
+#: How often a process that was told to end is looked at.
+_STOP_POLL_S = 0.05
 #: Time beyond the command's own limit for its SIGTERM, its SIGKILL and the way back.
 _START_S = 30.0
 
@@ -89,12 +94,20 @@ class ExecutionService:
         """Signal its whole group; one that has ended is left as it is. Raises process_not_found."""
         agent = await self._context.agent(principal, command.sandbox_id)
         with vmm_errors():
-            try:
-                return process(await agent.signal(command.signal, pid=command.pid))
-            except AgentError as error:
-                if error.code != "process_exited":
-                    raise
-                return process(await agent.process(pid=command.pid))
+            return process(await _signal(agent, command.pid, command.signal))
+
+    async def stop_process(self, principal: Principal, command: StopProcess) -> Process:
+        """End its whole group, gently at first; how it ended. Raises process_not_found."""
+        agent = await self._context.agent(principal, command.sandbox_id)
+        until = time.monotonic() + command.grace_s
+        with vmm_errors():
+            record = await _signal(agent, command.pid, "SIGTERM")
+            while record.state == "running" and time.monotonic() < until:
+                await asyncio.sleep(_STOP_POLL_S)
+                record = await agent.process(pid=command.pid)
+            if record.state == "running":
+                record = await _signal(agent, command.pid, "SIGKILL")
+            return process(record)
 
     async def write_stdin(self, principal: Principal, command: WriteStdin) -> int:
         """Feed a background process; how many bytes it took. Raises process_not_found, conflict (it has ended)."""
@@ -121,6 +134,16 @@ class ExecutionService:
         most = self._context.settings.exec_timeout_max_s
         if not _TIMEOUT_MIN_S <= timeout_s <= most:
             raise invalid("timeout", f"must be between {_TIMEOUT_MIN_S:g} and {most:g} seconds")
+
+
+async def _signal(agent: Agent, pid: int, name: str) -> ProcessRecord:
+    """Signal a group; one whose leader has ended is left as it is."""
+    try:
+        return await agent.signal(name, pid=pid)
+    except AgentError as error:
+        if error.code != "process_exited":
+            raise
+        return await agent.process(pid=pid)
 
 
 def _command(

@@ -98,8 +98,18 @@ def test_process_that_ignores_sigterm_is_stopped(api: httpx.Client, sandbox: str
     with api.stream("GET", f"{process}/stream") as output:
         assert any("ready" in line for line in output.iter_lines())
     assert api.delete(process).status_code == 204
+    assert api.get(process).json()["signal"] in (None, 9)  # None: it has not been reaped yet
     with api.stream("GET", f"{process}/stream") as output:
         assert any(line == "event: exit" for line in output.iter_lines())
+
+
+def test_process_may_tidy_up_when_it_is_stopped(api: httpx.Client, sandbox: str) -> None:
+    command = "trap 'echo tidied > /workspace/tidied; exit 0' TERM; echo ready; while :; do sleep 0.1; done"
+    process = f"{sandbox}/processes/{api.post(f'{sandbox}/processes', json={'command': command}).json()['pid']}"
+    with api.stream("GET", f"{process}/stream") as output:
+        assert any("ready" in line for line in output.iter_lines())
+    assert api.delete(process).status_code == 204
+    assert api.get(f"{sandbox}/fs/read", params={"path": "/workspace/tidied"}).content == b"tidied\n"
 
 
 def test_documents_are_served_to_anybody(server: ServerProcess) -> None:

@@ -290,13 +290,13 @@ async def send_signal(call: Call, body: SignalRequest) -> Process:
 
 
 async def kill(call: Call) -> Process:
-    """Kill a process and what it started."""
-    command = commands.SignalProcess(decode.sandbox_id(call), decode.pid(call), "SIGKILL")
-    return process(await call.engine.signal_process(call.principal, command))
+    """Stop a process and what it started."""
+    command = commands.StopProcess(decode.sandbox_id(call), decode.pid(call))
+    return process(await call.engine.stop_process(call.principal, command))
 
 
 async def stop(call: Call) -> None:
-    """Stop a process and what it started; stopping a finished one is fine."""
+    """Stop a process and what it started: SIGTERM, two seconds later SIGKILL. Stopping a finished one is fine."""
     await kill(call)
 
 

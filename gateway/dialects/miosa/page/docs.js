@@ -99,7 +99,17 @@ function show(api) {
     main.append(family);
     document.getElementById("families").append(element("a", { href: `#${id}` }, name));
   }
+  openLinked();
   main.append(element("section", {}, element("h2", {}, "Errors"), element("pre", {}, api.components.responses.Error.description)));
+}
+
+// #post_sandboxes opens that operation.
+function openLinked() {
+  const linked = document.getElementById(location.hash.slice(1));
+  if (linked && linked.tagName === "DETAILS") {
+    linked.open = true;
+    linked.scrollIntoView();
+  }
 }
 
 function filter(text) {
@@ -115,6 +125,7 @@ function filter(text) {
 }
 
 document.getElementById("search").addEventListener("input", (event) => filter(event.target.value));
-fetch("openapi.json").then((answer) => answer.json()).then(show).catch((error) => {
+window.addEventListener("hashchange", openLinked);
+fetch("/api/v1/openapi.json").then((answer) => answer.json()).then(show).catch((error) => {
   document.getElementById("status").textContent = `The document cannot be loaded: ${error}`;
 });
