@@ -58,6 +58,7 @@ class Machine:
         self._saving = asyncio.Lock()
         self._stop: Exit | None = None
         self._task: asyncio.Task[None] | None = None
+        self._line_task: asyncio.Task[None] | None = None
 
     def start(self, *, adopted: bool = False) -> None:
         """Begin its life, or continue one that an earlier process began and the driver has adopted."""
@@ -86,18 +87,25 @@ class Machine:
             await asyncio.wait([self._task])
 
     async def _live(self, adopted: bool) -> None:
-        line = run_in_background(self.line.run(), f"line {self.id}")
         try:
-            end = (None if adopted else await self._boot()) or await self._run()
+            if adopted:
+                self._connect()
+            await self._end((None if adopted else await self._boot()) or await self._run())
         except MachineError as error:
             self.error = error
-            end = Exit(StopCause.BOOT_FAILED, _explain(error))
+            await self._end(Exit(StopCause.BOOT_FAILED, _explain(error)))
         except Exception:
             logger.exception("machine %s: its task failed", self.id)
             self.error = MachineError("internal", "hostd failed to run the machine")
-            end = Exit(StopCause.BOOT_FAILED, "internal error")
-        await self._end(end)
-        await stop(line)
+            await self._end(Exit(StopCause.BOOT_FAILED, "internal error"))
+        finally:
+            # Whatever happened, nobody is to wait for ever.
+            self.dead.set()
+            self.settled.set()
+            await stop(self._line_task)
+
+    def _connect(self) -> None:
+        self._line_task = run_in_background(self.line.run(), f"line {self.id}")
 
     async def _boot(self) -> Exit | None:
         """Make it run; returns why it is to end instead, if that was asked for meanwhile. Raises MachineError."""
@@ -125,6 +133,7 @@ class Machine:
     async def _bring_up(self) -> None:
         record = self.record
         record.placement = await self._driver.start(record.spec, token=record.token)
+        self._connect()
         up = asyncio.create_task(self.line.is_up.wait())
         ended = asyncio.create_task(self._driver.wait(self.id))
         try:
@@ -188,7 +197,7 @@ class Machine:
         record.state = MachineState.STOPPING
         # First of all nobody may reach it any more: only then may a caller be told that it is gone.
         self.line.close(MachineError("machine_not_running", "the machine has ended", detail=end.detail or end.cause))
-        await self._save()
+        await self._try_to_save()
         self._tell()
         left = await self._destroy()
         record.stopped_at = time.time()
@@ -196,7 +205,7 @@ class Machine:
         if left:
             record.detail = left
         else:
-            await self._save()
+            await self._try_to_save()
         self._tell()
         self.settled.set()
 
@@ -230,6 +239,13 @@ class Machine:
                 await asyncio.to_thread(self._journal.save, self.record)
         except OSError as error:
             raise MachineError("driver_failed", "the journal cannot be written", detail=str(error)) from error
+
+    async def _try_to_save(self) -> None:
+        """An end goes on without its record: a next hostd finds the machine gone, or without an owner."""
+        try:
+            await self._save()
+        except MachineError as error:
+            logger.warning("machine %s: %s: %s", self.id, error.message, error.detail)
 
     def _tell(self) -> None:
         record = self.record

@@ -60,10 +60,11 @@ class GvisorDriver:
         self._groups = cgroups.Groups(cgroups.find_hierarchy(), config.instance)
         self._starters = ThreadPoolExecutor(config.starts_max, "runsc")
         self._running: dict[str, _Running] = {}
+        self._resolvers: tuple[str, ...] = ()
         self._reaper: asyncio.Task[None] | None = None
         self._runsc: runsc.Runsc
         self._block: network.Block
-        self._supplies: Supplies
+        self._supplies: Supplies | None = None
 
     def capabilities(self) -> Capabilities:
         return Capabilities(isolation="gvisor", limits=True, freeze=self._groups.can_freeze())
@@ -72,7 +73,10 @@ class GvisorDriver:
         return self._templates.infos()
 
     async def open(self) -> None:
-        await asyncio.to_thread(self._open)
+        try:
+            await asyncio.to_thread(self._open)
+        except OSError as error:
+            raise MachineError("driver_failed", "the host cannot be set up for machines", detail=str(error)) from error
         default = MachineSpec(id="", template="", hostname="")
         self._supplies = Supplies(self._config, self._block, disk_mib=default.disk_mib)
         self._reaper = run_in_background(self._reap(), "reaper")
@@ -89,6 +93,7 @@ class GvisorDriver:
         if not self._groups.is_complete:
             raise MachineError("driver_failed", "the cgroup controllers cpu, memory and pids are not all mounted")
         config = self._config
+        self._resolvers = config.resolvers or tuple(firewall.host_resolvers())
         state = config.run_dir / "machines"
         for directory in (state, config.disk_dir):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -102,17 +107,15 @@ class GvisorDriver:
                 config.instance,
                 prefix=self._block.prefix,
                 block=self._block.network,
-                resolvers=tuple(self.resolvers()),
+                resolvers=self._resolvers,
                 allowed=config.egress_allow,
                 denied=[*firewall.NOT_INTERNET, config.address_range, *map(str, network.host_networks())],
             )
         )
 
-    def resolvers(self) -> list[str]:
-        """Name servers that guests are to use."""
-        return list(self._config.resolvers) or firewall.host_resolvers()
-
     async def close(self) -> None:
+        if self._supplies is None:
+            return  # `open` did not get far enough to leave anything
         await stop(self._reaper)
         await self._supplies.close()
         await asyncio.to_thread(self._starters.shutdown)
@@ -128,11 +131,13 @@ class GvisorDriver:
 
     async def start(self, spec: MachineSpec, *, token: str) -> Placement:
         template = self._templates.find(spec.template)
+        if self._supplies is None:
+            raise MachineError("driver_failed", "the driver is not open")
         supply = await self._supplies.take(spec.disk_mib)
         work = asyncio.get_running_loop().run_in_executor(self._starters, self._start, spec, token, template, supply)
         try:
             sandbox, pidfd = await asyncio.shield(work)
-        except (asyncio.CancelledError, MachineError, OSError) as error:
+        except BaseException as error:
             # The thread cannot be stopped; what it has made by its end is taken down.
             while not work.done():
                 with contextlib.suppress(asyncio.CancelledError):
@@ -143,7 +148,7 @@ class GvisorDriver:
                 raise MachineError("driver_failed", "the sandbox could not be created", detail=str(error)) from error
             raise
         facts = {"pid": sandbox.pid, "started": processes.start_time(sandbox.pid), "slot": supply.slot.index}
-        placement = Placement(supply.slot.address, resolvers=tuple(self.resolvers()), facts=facts)
+        placement = Placement(supply.slot.address, resolvers=self._resolvers, facts=facts)
         self._watch(spec.id, sandbox.pid, pidfd, placement)
         return placement
 
@@ -223,7 +228,8 @@ class GvisorDriver:
             except MachineError as error:
                 # Nothing to stay away for: it is tried again at the next start.
                 logger.warning("machine %s, which no record owns, cannot be ended: %s", machine_id, error.detail)
-        self._supplies.start()
+        if self._supplies is not None:
+            self._supplies.start()
         return strangers
 
     def _machine(self, machine_id: str) -> _Running:
