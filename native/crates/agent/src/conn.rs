@@ -57,6 +57,7 @@ pub struct Conn {
     ready: VecDeque<u32>,
     unacked: VecDeque<(u32, u64)>,
     readable: bool,
+    hung_up: bool,
     flush_planned: bool,
 }
 
@@ -76,6 +77,7 @@ impl Conn {
             ready: VecDeque::new(),
             unacked: VecDeque::new(),
             readable: false,
+            hung_up: false,
             flush_planned: false,
         })
     }
@@ -84,8 +86,10 @@ impl Conn {
         self.trusted
     }
 
-    pub fn on_readable(&mut self) {
+    /// There is something to read. `hung_up`: nothing follows it, and no further report will come.
+    pub fn on_readable(&mut self, hung_up: bool) {
         self.readable = true;
+        self.hung_up |= hung_up;
     }
 
     fn key(&self, stream: u32) -> StreamKey {
@@ -104,7 +108,7 @@ impl Conn {
             match self.sender.socket().read(space) {
                 Ok(0) => return Err(Lost),
                 Ok(bytes) => {
-                    self.readable = bytes == asked;
+                    self.readable = bytes == asked || self.hung_up;
                     self.decoder.advance(bytes);
                     total += bytes;
                 }

@@ -178,7 +178,7 @@ impl Server {
         }
         self.touched.insert(id);
         if event.readable {
-            conn.on_readable();
+            conn.on_readable(event.hung_up);
         }
         self.receive(id);
     }

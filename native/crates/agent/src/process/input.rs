@@ -11,6 +11,8 @@ use sandgate_frame::WINDOW_BYTES;
 
 /// Credit is returned in lumps of this size, not per keystroke.
 const CREDIT_BYTES: u64 = WINDOW_BYTES / 4;
+/// Streams remembered as due some credit; beyond it the oldest has long ended.
+const DUE_MAX: usize = 8;
 /// End-of-file character of a terminal in its usual mode.
 const END_OF_TRANSMISSION: u8 = 4;
 
@@ -24,10 +26,10 @@ pub struct Input {
     /// Bytes of the channel accepted so far; a client that returns continues here.
     received: u64,
     ended: bool,
-    /// The stream whose credit the queued bytes have used, and how much of it is due back.
-    sender: Option<StreamKey>,
-    owed: u64,
-    drained: u64,
+    /// Whose credit the queued bytes have used, oldest first. Frames of a connection that has broken can arrive between
+    /// those of the one that replaced it, so each stream's account is its own.
+    senders: VecDeque<(Option<StreamKey>, u64)>,
+    due: VecDeque<(StreamKey, u64)>,
 }
 
 impl Input {
@@ -58,22 +60,17 @@ impl Input {
         if offset > self.received {
             return Err(format!("input at offset {offset}, expected {}", self.received));
         }
-        if self.queue.len() as u64 + bytes.len() as u64 > WINDOW_BYTES {
+        if self.unpaid(sender) + bytes.len() as u64 > WINDOW_BYTES {
             return Err("more input than the credit allows".to_owned());
         }
-        if self.sender != Some(sender) {
-            (self.sender, self.owed, self.drained) = (Some(sender), 0, 0);
-        }
-        self.owed += bytes.len() as u64;
         let known = ((self.received - offset) as usize).min(bytes.len());
         let fresh = &bytes[known..];
         self.received += fresh.len() as u64;
-        self.drained += known as u64;
+        self.owe(sender, known as u64);
         if self.is_open() {
-            self.queue.extend(fresh);
-            self.flush();
+            self.enqueue(Some(sender), fresh);
         } else {
-            self.drained += fresh.len() as u64;
+            self.owe(sender, fresh.len() as u64);
         }
         Ok(())
     }
@@ -82,15 +79,14 @@ impl Input {
     pub fn push(&mut self, bytes: &[u8]) -> usize {
         let room = (WINDOW_BYTES as usize).saturating_sub(self.queue.len());
         let taken = &bytes[..bytes.len().min(room)];
-        self.queue.extend(taken);
-        self.flush();
+        self.enqueue(None, taken);
         taken.len()
     }
 
     /// No more input will come: the process sees end of file after what is queued.
     pub fn end(&mut self) {
         if self.is_pty && !self.ended {
-            self.queue.push_back(END_OF_TRANSMISSION);
+            self.enqueue(None, &[END_OF_TRANSMISSION]);
         }
         self.ended = true;
         self.flush();
@@ -99,7 +95,7 @@ impl Input {
     /// Nobody takes input any more.
     pub fn close(&mut self) {
         (self.fd, self.closed) = (None, true);
-        self.drained += self.queue.len() as u64;
+        self.taken(self.queue.len() as u64);
         self.queue = VecDeque::new();
     }
 
@@ -117,7 +113,7 @@ impl Input {
             match write(fd, front) {
                 Ok(bytes) => {
                     self.queue.drain(..bytes);
-                    self.drained += bytes as u64;
+                    self.taken(bytes as u64);
                 }
                 Err(Errno::EAGAIN) => return,
                 Err(Errno::EINTR) => {}
@@ -127,14 +123,99 @@ impl Input {
         }
     }
 
-    /// Credit to return to `stream`, if it is the one whose bytes were taken.
+    /// Credit to return to `stream` for its bytes that were taken.
     pub fn take_credit(&mut self, stream: StreamKey) -> Option<u64> {
-        let due = self.drained.min(self.owed);
-        if self.sender != Some(stream) || due < CREDIT_BYTES {
-            return None;
+        let at = self.due.iter().position(|(key, bytes)| *key == stream && *bytes >= CREDIT_BYTES)?;
+        self.due.remove(at).map(|(_, bytes)| bytes)
+    }
+
+    fn enqueue(&mut self, sender: Option<StreamKey>, bytes: &[u8]) {
+        self.queue.extend(bytes);
+        match self.senders.back_mut().filter(|(last, _)| *last == sender) {
+            Some((_, queued)) => *queued += bytes.len() as u64,
+            None => self.senders.push_back((sender, bytes.len() as u64)),
         }
-        self.owed -= due;
-        self.drained = 0;
-        Some(due)
+        self.flush();
+    }
+
+    /// The oldest `bytes` of the queue have left it.
+    fn taken(&mut self, mut bytes: u64) {
+        while let Some((sender, queued)) = self.senders.front_mut().filter(|_| bytes > 0) {
+            let part = bytes.min(*queued);
+            let sender = *sender;
+            *queued -= part;
+            bytes -= part;
+            if *queued == 0 {
+                self.senders.pop_front();
+            }
+            if let Some(sender) = sender {
+                self.owe(sender, part);
+            }
+        }
+    }
+
+    /// What a stream has sent beyond the credit it got back. A client that returns after a break starts with a window
+    /// of its own, while what it sent before may still be queued.
+    fn unpaid(&self, sender: StreamKey) -> u64 {
+        let queued = self.senders.iter().filter(|(key, _)| *key == Some(sender)).map(|(_, bytes)| bytes);
+        let due = self.due.iter().filter(|(key, _)| *key == sender).map(|(_, bytes)| bytes);
+        queued.chain(due).sum()
+    }
+
+    fn owe(&mut self, sender: StreamKey, bytes: u64) {
+        if let Some((_, due)) = self.due.iter_mut().find(|(key, _)| *key == sender) {
+            *due += bytes;
+            return;
+        }
+        if self.due.len() == DUE_MAX {
+            self.due.pop_front();
+        }
+        self.due.push_back((sender, bytes));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BROKEN: StreamKey = StreamKey { conn: 1, stream: 1 };
+    const FRESH: StreamKey = StreamKey { conn: 2, stream: 1 };
+    const PART: usize = CREDIT_BYTES as usize;
+
+    /// Input whose reader takes nothing yet.
+    fn stalled() -> Input {
+        Input::default()
+    }
+
+    #[test]
+    fn every_stream_gets_back_the_credit_it_used_however_they_interleave() {
+        let mut input = stalled();
+        input.receive(FRESH, 0, &[0; PART]).unwrap();
+        input.receive(BROKEN, 0, &[0; 2 * PART]).unwrap();
+        input.receive(FRESH, PART as u64, &[0; 3 * PART]).unwrap();
+        assert_eq!(input.received(), 4 * CREDIT_BYTES);
+        assert_eq!(input.take_credit(FRESH), Some(CREDIT_BYTES));
+        input.close();
+        assert_eq!(input.take_credit(FRESH), Some(3 * CREDIT_BYTES));
+        assert_eq!(input.take_credit(BROKEN), Some(2 * CREDIT_BYTES));
+        assert_eq!(input.take_credit(FRESH), None);
+    }
+
+    #[test]
+    fn what_was_accepted_before_is_not_taken_twice_and_a_gap_is_refused() {
+        let mut input = stalled();
+        input.receive(FRESH, 0, b"abc").unwrap();
+        input.receive(FRESH, 1, b"bcde").unwrap();
+        assert_eq!(input.queue, b"abcde");
+        assert!(input.receive(FRESH, 6, b"g").is_err());
+    }
+
+    #[test]
+    fn a_client_that_returns_has_a_window_of_its_own() {
+        let mut input = stalled();
+        let window = vec![0; WINDOW_BYTES as usize];
+        input.receive(BROKEN, 0, &window).unwrap();
+        input.receive(FRESH, WINDOW_BYTES, &window).unwrap();
+        assert_eq!(input.received(), 2 * WINDOW_BYTES);
     }
 }

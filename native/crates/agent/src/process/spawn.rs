@@ -22,6 +22,7 @@ use crate::users::{User, Users};
 const PIPE_BYTES: i32 = 1024 * 1024;
 const PATH_ROOT: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const PATH_USER: &str = "/usr/local/bin:/usr/bin:/bin";
+const LOCALES: [&str; 3] = ["LANG", "LC_ALL", "LC_CTYPE"];
 const WORKSPACE: &str = "/workspace";
 
 /// Where bash may be.
@@ -182,7 +183,10 @@ fn explicit<'a>(request: &'a Request, identity: &'a Identity) -> BTreeMap<&'a st
 fn account_environment(host: &Host, user: &User) -> BTreeMap<String, String> {
     let mut env = host.env.clone();
     env.entry("PATH".to_owned()).or_insert_with(|| if user.uid == 0 { PATH_ROOT } else { PATH_USER }.to_owned());
-    env.entry("LANG".to_owned()).or_insert_with(|| "C.UTF-8".to_owned());
+    if !LOCALES.iter().any(|name| env.contains_key(*name)) {
+        // Not LANG: that makes every program look for a dozen files, of which only this one differs from none.
+        env.insert("LC_CTYPE".to_owned(), "C.UTF-8".to_owned());
+    }
     let account = [("HOME", &user.home), ("USER", &user.name), ("LOGNAME", &user.name), ("SHELL", &user.shell)];
     env.extend(account.map(|(key, value)| (key.to_owned(), value.clone())));
     env
