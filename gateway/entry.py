@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.errors import GatewayError
 from gateway.ids import uuid7
 from gateway.pipeline import REQUEST_ID, Dialect
+from gateway.routing import RouteIndex
 
 _access = logging.getLogger("gateway.access")
 
@@ -83,7 +84,9 @@ class _Door:
             limits.streamed_bytes_max if operation.streams_body else limits.whole_bytes_max
             for operation in dialect.operations
         ]
-        self._table = list(zip(mounted.routes, [*sizes, *(0 for _ in dialect.sockets)], strict=True))
+        paths = [*(row.path for row in dialect.operations), *(row.path for row in dialect.sockets)]
+        rows = zip(mounted.routes, [*sizes, *(0 for _ in dialect.sockets)], strict=True)
+        self._index = RouteIndex(zip(paths, rows, strict=True))
 
     def is_prefixed(self, path: str) -> bool:
         return path == self._prefix or path.startswith(self._prefix + "/")
@@ -103,7 +106,7 @@ class _Door:
     def _find(self, scope: Scope) -> tuple[BaseRoute, int]:
         """The route of a request, with its parameters put into the scope, and its body limit."""
         is_known = False
-        for route, bytes_max in self._table:
+        for route, bytes_max in self._index.candidates(scope["path"][len(self._prefix) :]):
             match, found = route.matches(scope)
             if match is Match.FULL:
                 scope.update(found)
