@@ -74,7 +74,8 @@ class _Pipe:
     def cut(self) -> None:
         for end in (self.near, self.far):
             if end.transport is not None:
-                end.transport.close()
+                # Not `close`, which would wait for bytes that the other side may never take.
+                end.transport.abort()
         self._forget(self)
 
 

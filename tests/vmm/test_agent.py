@@ -174,6 +174,28 @@ async def test_leaving_a_run_kills_the_process(agent: Agent) -> None:
     await _until_async(has_ended)
 
 
+@pytest.mark.parametrize("steps", [*range(12), 20, 40])
+async def test_cancelling_a_run_anywhere_leaves_neither_stream_nor_process(rig: Rig, steps: int) -> None:
+    """The step at which it is cancelled is counted in turns of the loop: at each await for the first few."""
+    await rig.agent.metrics()
+    exec_id = new_id()
+    running = asyncio.create_task(rig.agent.run(exec_id, Command(argv=["sleep", "600"], stdin=True), stdin=b"x" * 9))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.wait([running])
+    assert rig.link is not None
+    assert rig.link.stream_count == 0
+
+    async def is_over() -> bool:
+        return all(record.state == "exited" for record in await rig.agent.processes() if record.id == exec_id)
+
+    await rig.agent.metrics()
+    await _until_async(is_over)
+    await asyncio.sleep(0.02)
+    assert await is_over()
+
+
 async def test_writing_after_the_end_is_refused(agent: Agent) -> None:
     execution = await agent.exec(new_id(), Command(argv=["true"], stdin=True), deadline=soon())
     await execution.wait()
