@@ -396,12 +396,16 @@ class StreamLogs:
 
 @dataclass(frozen=True, slots=True)
 class CreatePreview:
-    """Open a port. Opening it again changes its visibility, if given, and keeps its id."""
+    """Open a port. Opening it again changes its visibility, if given, and keeps its id.
+
+    visibility_if_new: what a port gets that was not open, if no visibility is given.
+    """
 
     sandbox_id: str
     effect_id: str
     port: int
     visibility: Literal["public", "private"] | None = None
+    visibility_if_new: Literal["public", "private"] = "private"
 
 
 @dataclass(frozen=True, slots=True)

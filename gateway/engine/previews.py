@@ -50,7 +50,9 @@ class PreviewService:
         now = self._context.clock()
 
         def job(connection: sa.Connection, sandbox: Sandbox) -> tuple[Sandbox, PreviewRow]:
-            wanted = PreviewRow(command.effect_id, sandbox.id, command.port, command.visibility or "private", now)
+            wanted = PreviewRow(
+                command.effect_id, sandbox.id, command.port, command.visibility or command.visibility_if_new, now
+            )
             row = rows.put(connection, wanted, visibility=command.visibility)
             sandbox_event(connection, "preview.ready", sandbox, at=now, port=row.port, preview_id=row.id)
             return sandbox, row

@@ -135,8 +135,10 @@ def share_created(item: resources.Share, of: Preview | None) -> ShareCreated:
     )
 
 
-async def _open_port(call: Call, port: int, visibility: Visibility | None) -> Preview:
-    command = commands.CreatePreview(decode.sandbox_id(call), call.effect_id, port, visibility)
+async def _open_port(
+    call: Call, port: int, visibility: Visibility | None, *, if_new: Visibility = "private"
+) -> Preview:
+    command = commands.CreatePreview(decode.sandbox_id(call), call.effect_id, port, visibility, if_new)
     return preview(await call.engine.create_preview(call.principal, command))
 
 
@@ -148,9 +150,9 @@ async def create(call: Call, body: CreatePreviewRequest) -> Preview:
 async def expose(call: Call, body: ExposeRequest) -> Preview:
     """Open a port and get its address.
 
-    Public unless `visibility` says otherwise: these clients open the address without a token.
+    A port that was not open becomes public unless `visibility` says otherwise: clients use the address as it is.
     """
-    return await _open_port(call, body.port, body.visibility or "public")
+    return await _open_port(call, body.port, body.visibility, if_new="public")
 
 
 async def list_all(call: Call) -> resources.Page[Preview]:

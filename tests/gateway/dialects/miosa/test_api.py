@@ -429,6 +429,13 @@ async def test_expose_gives_an_address(api, sandbox):
     assert (await api.post(f"{sandbox}/expose", json={"port": 0})).status_code == 422
 
 
+async def test_expose_opens_to_everybody_but_never_what_was_private(api, sandbox):
+    assert (await api.post(f"{sandbox}/expose", json={"port": 8000})).json()["visibility"] == "public"
+    await api.post(f"{sandbox}/previews", json={"port": 3000})
+    assert (await api.post(f"{sandbox}/expose", json={})).json()["visibility"] == "private"
+    assert (await api.post(f"{sandbox}/expose", json={"visibility": "public"})).json()["visibility"] == "public"
+
+
 async def test_share_of_a_sandbox(api, sandbox):
     for path in ("shares", "preview-token"):
         body = (await api.post(f"{sandbox}/{path}", json={"scope": "read", "expires_in": 60})).json()
