@@ -5,7 +5,7 @@ Apart from gateway/app.py because hostd needs nothing of the API: a hostd that d
 
 from __future__ import annotations
 
-from gateway.settings import Settings
+from gateway.settings import Settings, words
 from native import agent_path
 from vmm.drivers.base import Driver
 from vmm.drivers.fake import FakeDriver
@@ -23,6 +23,9 @@ def host_config(settings: Settings) -> HostConfig:
         memory_mib_max=settings.sandbox_memory_mib_max,
         cpu_count_max=settings.sandbox_cpu_count_max,
         disk_mib_max=settings.sandbox_disk_mib_max,
+        machines_max=settings.machines_max,
+        memory_reserve_mib=settings.memory_reserve_mib,
+        disk_reserve_mib=settings.disk_reserve_mib,
     )
 
 
@@ -30,4 +33,11 @@ def host_driver(settings: Settings) -> Driver:
     """What hostd runs machines with."""
     if settings.driver == "fake":
         return FakeDriver()
-    return GvisorDriver(GvisorConfig.for_home(settings.home), TemplateStore(settings.cache, agent_path()))
+    config = GvisorConfig.for_home(
+        settings.home,
+        address_range=settings.address_range,
+        egress_allow=words(settings.egress_allow),
+        resolvers=words(settings.resolvers),
+        pool_size=settings.pool_size,
+    )
+    return GvisorDriver(config, TemplateStore(settings.cache, agent_path()))

@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,13 +105,28 @@ class Settings:
     sandbox_memory_mib_max: Annotated[int, Row("Most memory a sandbox may ask for.", least=64)] = 16_384
     sandbox_disk_mib: Annotated[int, Row("Disk of a sandbox that asks for none.", least=16)] = 3072
     sandbox_disk_mib_max: Annotated[int, Row("Most disk a sandbox may ask for.", least=16)] = 32_768
-    sandbox_timeout_s: Annotated[float, Row("Life of a sandbox that asks for none.", least=1)] = 3600.0
+    sandbox_timeout_s: Annotated[float, Row("Life of a sandbox that asks for none.", least=1)] = 300.0
     sandbox_timeout_max_s: Annotated[float, Row("Longest life a sandbox may ask for.", least=1)] = 86_400.0
     sandbox_idle_timeout_s: Annotated[
         float | None,
         Row("Time without activity after which a sandbox that asks for none is destroyed; or `never`.", least=1),
     ] = None
     sandboxes_per_workspace: Annotated[int, Row("Living sandboxes a workspace may have.", least=1)] = 100
+    machines_max: Annotated[int, Row("Sandboxes this host runs at once, of all workspaces.", least=1)] = 500
+    memory_reserve_mib: Annotated[
+        int, Row("Memory that must stay available on the host for another sandbox to be started.", least=0)
+    ] = 512
+    disk_reserve_mib: Annotated[
+        int, Row("Disk that must stay available on the host for another sandbox to be started.", least=0)
+    ] = 2048
+    pool_size: Annotated[int, Row("Network links and disks kept ready for the next sandboxes.", least=0, most=256)] = 4
+    address_range: Annotated[
+        str, Row("IPv4 network sandboxes get their addresses from; each instance on a host takes a /19 of it.")
+    ] = "198.18.0.0/15"
+    egress_allow: Annotated[
+        str, Row("Private networks sandboxes may reach all the same, e.g. `10.1.0.0/16, 192.168.7.9/32`.")
+    ] = ""
+    resolvers: Annotated[str, Row("Name servers for sandboxes, comma-separated; empty: those of the host.")] = ""
     drain_timeout_s: Annotated[float, Row("Time open requests get to end when the server stops.", least=0)] = 5.0
     ready_timeout_s: Annotated[float, Row("Time a part of the server may take to start.", least=1)] = 60.0
 
@@ -282,6 +298,7 @@ def _check_together(settings: Settings) -> None:
             split_address(getattr(settings, name))
         except ValueError as error:
             raise SettingsError(f"{env_name(name)}: {error}") from None
+    _check_networks(settings)
     if settings.listen == settings.admin_listen and settings.public_port != 0:
         raise SettingsError("SANDGATE_ADMIN_LISTEN must differ from SANDGATE_LISTEN")
     for name in ("cpu_count", "memory_mib", "disk_mib"):
@@ -291,6 +308,22 @@ def _check_together(settings: Settings) -> None:
         raise SettingsError("SANDGATE_SANDBOX_TIMEOUT_S is over SANDGATE_SANDBOX_TIMEOUT_MAX_S")
     if settings.public_url and not settings.public_url.startswith(("http://", "https://")):
         raise SettingsError(f"SANDGATE_PUBLIC_URL={settings.public_url}: must start with http:// or https://")
+
+
+def _check_networks(settings: Settings) -> None:
+    for name, kind in (("address_range", IPv4Network), ("egress_allow", IPv4Network), ("resolvers", IPv4Address)):
+        for part in words(getattr(settings, name)):
+            try:
+                kind(part)
+            except ValueError as error:
+                raise SettingsError(f"{env_name(name)}: {error}") from None
+    if IPv4Network(settings.address_range).prefixlen > 19:
+        raise SettingsError(f"{env_name('address_range')}={settings.address_range}: must be a /19 or larger")
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The parts of a comma-separated setting."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def as_markdown() -> str:

@@ -1,5 +1,7 @@
 from typing import Literal
 
+__all__ = ["HostError", "parse_host"]
+
 class HostError(ValueError): ...
 
 def parse_host(

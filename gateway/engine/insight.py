@@ -35,7 +35,8 @@ class InsightService:
             memory_used_bytes=stats.memory_bytes,
             memory_limit_bytes=stats.memory_limit_bytes,
             disk_used_bytes=guest.disk_used_bytes,
-            disk_total_bytes=guest.disk_total_bytes,
+            # The guest's own total is that of an overlay without a size.
+            disk_total_bytes=sandbox.disk_mib * 1024**2,
             processes=guest.processes,
             uptime_s=guest.uptime_s,
         )

@@ -21,7 +21,7 @@ from gateway.resources import Attribution, SandboxState
 READ = "sandboxes:read"
 WRITE = "sandboxes:write"
 
-#: The specification's default; a server's own default is for dialects that name none.
+#: What `extend` without a value means.
 LIFE_S = 300.0
 LIFE_S_MAX = 30 * 24 * 3600
 _READY_WAIT_S = 60.0
@@ -248,8 +248,6 @@ def create_command(call: Call, body: CreateSandboxRequest) -> commands.CreateSan
     """The request as a command."""
     _check_workspace(call, body.workspace_id)
     timeout_s = seconds(body.timeout_ms, body.timeout_sec)
-    if timeout_s is None and not body.always_on:
-        timeout_s = LIFE_S
     cpu_count, memory_mib = SIZES[body.size] if body.size is not None else (None, None)
     return commands.CreateSandbox(
         effect_id=call.effect_id,
