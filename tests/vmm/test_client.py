@@ -212,18 +212,14 @@ async def test_what_may_not_be_repeated_says_so(host: HostProcess, socket_path: 
         execution.close()
 
 
-async def test_a_thousand_machines_in_one_process(client: HostClient, driver: FakeDriver) -> None:
-    machines = [spec(memory_mib=128) for _ in range(1_000)]
-    gate = asyncio.Semaphore(50)
-
+async def test_many_machines_are_made_at_once(client: HostClient, driver: FakeDriver) -> None:
     async def live(wanted: MachineSpec) -> None:
-        async with gate:
-            await client.create_machine(wanted, deadline=soon(60))
-            done = await client.agent(wanted.id).run("x", Command(argv=["echo", wanted.id]), deadline=soon(60))
-            assert done.stdout.decode().strip() == wanted.id
+        await client.create_machine(wanted, deadline=soon(60))
+        done = await client.agent(wanted.id).run("x", Command(argv=["echo", wanted.id]), deadline=soon(60))
+        assert done.stdout.decode().strip() == wanted.id
 
-    await asyncio.gather(*(live(wanted) for wanted in machines))
-    assert len(driver.guests) == 1_000
+    await asyncio.gather(*(live(spec(memory_mib=128)) for _ in range(100)))
+    assert len(driver.guests) == 100
 
 
 async def _then(first: str, act: Callable[[], Awaitable[None]]) -> AsyncIterator[bytes]:

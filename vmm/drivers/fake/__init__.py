@@ -52,6 +52,7 @@ class FakeDriver:
         self.faults = faults or Faults()
         self._machines_max = machines_max
         self._machines: dict[str, _Machine] = {}
+        self._exits: dict[str, Exit] = {}
         self._guests: dict[str, Guest] = {}
         self._server: asyncio.Server | None = None
 
@@ -98,7 +99,9 @@ class FakeDriver:
 
     async def wait(self, machine_id: str) -> Exit:
         machine = self._machines.get(machine_id)
-        return Exit(StopCause.LOST) if machine is None else await asyncio.shield(machine.ended)
+        if machine is None:
+            return self._exits.get(machine_id, Exit(StopCause.LOST))
+        return await asyncio.shield(machine.ended)
 
     async def stats(self, machine_id: str) -> MachineStats:
         machine = self._running(machine_id)
@@ -120,6 +123,7 @@ class FakeDriver:
 
     async def destroy(self, machine_id: str) -> None:
         await self.end(machine_id, Exit(StopCause.REQUESTED))
+        self._exits.pop(machine_id, None)
 
     async def sweep(self, keep: Collection[str]) -> Sequence[str]:
         gone = [machine_id for machine_id in self._machines if machine_id not in keep]
@@ -131,6 +135,7 @@ class FakeDriver:
         """Let a machine end by itself, as after a kill or for want of memory."""
         machine = self._machines.pop(machine_id, None)
         if machine is not None:
+            self._exits[machine_id] = exit_
             await machine.guest.stop()
             machine.ended.set_result(exit_)
 

@@ -279,10 +279,8 @@ class ServerStream:
     async def _return_input_credit(self, process: Process) -> None:
         returned = process.input.read_bytes
         while True:
-            if process.input.read_bytes > returned:
-                grant = process.input.read_bytes - returned
-                self._connection.send(frames.encode_offset(frames.CREDIT, INPUT, self._id, grant))
-                returned = process.input.read_bytes
+            self._grant(process.input.read_bytes - returned)
+            returned = process.input.read_bytes
             await self._changed.wait()
 
     async def op_read(self) -> None:
@@ -347,10 +345,14 @@ class ServerStream:
 
     def _take_input(self, offset: int, data: bytes) -> None:
         if self._process is not None:
-            self._process.input.feed(offset, data)
+            self._grant(self._process.input.feed(offset, data))
         else:
             self._written += data
-            self._connection.send(frames.encode_offset(frames.CREDIT, INPUT, self._id, len(data)))
+            self._grant(len(data))
+
+    def _grant(self, size: int) -> None:
+        if size:
+            self._connection.send(frames.encode_offset(frames.CREDIT, INPUT, self._id, size))
 
     def _control(self, message: Mapping[str, Any]) -> None:
         if self._process is not None and message.get("type") == "signal":

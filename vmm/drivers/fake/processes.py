@@ -104,12 +104,13 @@ class Input:
         self._kept = bytearray()
         self._changed = changed
 
-    def feed(self, offset: int, data: bytes) -> None:
-        """Take bytes; those that arrived before are skipped."""
+    def feed(self, offset: int, data: bytes) -> int:
+        """Take bytes; those that arrived before are skipped. Returns how many were."""
         fresh = data[max(0, self.offset - offset) :]
         self._kept += fresh
         self.offset += len(fresh)
         self._changed.notify()
+        return len(data) - len(fresh)
 
     def finish(self) -> None:
         """Nothing follows."""
