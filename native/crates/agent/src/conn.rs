@@ -47,6 +47,8 @@ struct Hello {
 /// The connection cannot go on; nothing more is said on it.
 pub struct Lost;
 
+// Four independent facts, not a state machine in disguise.
+#[allow(clippy::struct_excessive_bools)]
 pub struct Conn {
     pub id: u64,
     sender: Sender,
@@ -92,6 +94,11 @@ impl Conn {
         self.hung_up |= hung_up;
     }
 
+    /// Requests wait that were left unread while too much was waiting to be sent, and may be read now.
+    pub fn can_receive(&self) -> bool {
+        self.readable && !self.sender.is_choked()
+    }
+
     fn key(&self, stream: u32) -> StreamKey {
         StreamKey { conn: self.id, stream }
     }
@@ -99,7 +106,7 @@ impl Conn {
     /// Read and handle what has come. Whether there is more to read, next turn.
     pub fn receive(&mut self, core: &mut Core) -> Result<bool, Lost> {
         let mut total = 0;
-        while self.readable && !self.sender.is_choked() {
+        while self.can_receive() {
             if total > TURN_BYTES {
                 return Ok(true);
             }

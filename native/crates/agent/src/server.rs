@@ -227,9 +227,12 @@ impl Server {
                 return;
             }
             for id in std::mem::take(&mut self.touched) {
-                let settled = self.conns.get_mut(&id).map(|conn| conn.settle(&mut self.core));
-                if let Some(Err(_)) = settled {
+                let Some(conn) = self.conns.get_mut(&id) else { continue };
+                if conn.settle(&mut self.core).is_err() {
                     self.close(id);
+                } else if conn.can_receive() {
+                    // A socket that took everything at once does not report that it takes more.
+                    self.unread.insert(id);
                 }
             }
         }

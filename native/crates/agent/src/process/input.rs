@@ -190,9 +190,9 @@ mod tests {
     #[test]
     fn every_stream_gets_back_the_credit_it_used_however_they_interleave() {
         let mut input = stalled();
-        input.receive(FRESH, 0, &[0; PART]).unwrap();
-        input.receive(BROKEN, 0, &[0; 2 * PART]).unwrap();
-        input.receive(FRESH, PART as u64, &[0; 3 * PART]).unwrap();
+        input.receive(FRESH, 0, &vec![0; PART]).unwrap();
+        input.receive(BROKEN, 0, &vec![0; 2 * PART]).unwrap();
+        input.receive(FRESH, PART as u64, &vec![0; 3 * PART]).unwrap();
         assert_eq!(input.received(), 4 * CREDIT_BYTES);
         assert_eq!(input.take_credit(FRESH), Some(CREDIT_BYTES));
         input.close();
