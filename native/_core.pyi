@@ -1,7 +1,5 @@
 from typing import Literal
 
-__all__ = ["HostError", "parse_host"]
-
 class HostError(ValueError): ...
 
 def parse_host(
