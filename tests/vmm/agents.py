@@ -93,5 +93,7 @@ async def real_agent(directory: Path) -> AsyncIterator[Rig]:
         finally:
             rig.close()
     finally:
-        process.kill()
-        await process.wait()
+        # Told rather than killed: it ends the processes that tests have left.
+        process.terminate()
+        async with asyncio.timeout(10):
+            await process.wait()

@@ -32,14 +32,18 @@ class Relay:
         """A `vmm.link.Dial`, and what a driver's `dial` returns."""
         loop = asyncio.get_running_loop()
         pipe = _Pipe(self._next_budget(), self._pipes.discard)
-        await self._target(lambda: pipe.far)
-        server = await loop.create_server(lambda: pipe.near, "127.0.0.1", 0)
-        try:
-            transport, _ = await loop.create_connection(protocol, *server.sockets[0].getsockname()[:2])
-            await pipe.joined.wait()
-        finally:
-            server.close()
         self._pipes.add(pipe)
+        try:
+            await self._target(lambda: pipe.far)
+            server = await loop.create_server(lambda: pipe.near, "127.0.0.1", 0)
+            try:
+                transport, _ = await loop.create_connection(protocol, *server.sockets[0].getsockname()[:2])
+                await pipe.joined.wait()
+            finally:
+                server.close()
+        except BaseException:
+            pipe.cut()
+            raise
         self.connections += 1
         return transport
 
