@@ -100,15 +100,6 @@ class Link:
         self._streams[stream.id] = stream
         return stream
 
-    async def call(self, op: Mapping[str, Any]) -> dict[str, Any]:
-        """Start an operation that answers with a REPLY and nothing else, and wait for it."""
-        with self.open(op) as stream:
-            return await stream.reply()
-
-    async def drain(self) -> None:
-        """Wait until the connection takes more. Raises LinkError when it has ended."""
-        await self._wire.drain()
-
     def close(self) -> None:
         """End the connection; streams still open fail with LinkError."""
         self._lose(LinkError("link_lost", "the connection was closed"))

@@ -126,10 +126,6 @@ class Stream:
             await self._wait_to_read()
         return self._take()
 
-    def take_ready(self) -> Item | None:
-        """The next item if one has arrived already."""
-        return self._take() if self._items else None
-
     async def send(self, data: bytes) -> None:
         """Send input, waiting for credit and for room in the connection. After an error `sent` tells how far it got."""
         if self._writer is not None:
