@@ -1,8 +1,9 @@
 //! Listening TCP sockets, from `/proc/net/tcp` and `/proc/net/tcp6`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 
 use serde::Serialize;
 
@@ -36,7 +37,8 @@ struct Socket {
 
 /// What listens, sorted by port, our own listener left out.
 pub fn listening() -> OpResult<Ports> {
-    let ourselves = std::process::id();
+    // By our own descriptors: a child between its birth and its exec holds our listener too.
+    let ours: HashSet<u64> = sockets_of(Path::new("/proc/self")).collect();
     let mut sockets = read_table("/proc/net/tcp")?;
     // Without IPv6 there is no such file.
     sockets.extend(read_table("/proc/net/tcp6").unwrap_or_default());
@@ -51,7 +53,7 @@ pub fn listening() -> OpResult<Ports> {
             process: owner.map(|owner| owner.1.clone()),
         }
     };
-    Ok(Ports { ports: sockets.into_iter().map(describe).filter(|port| port.pid != Some(ourselves)).collect() })
+    Ok(Ports { ports: sockets.into_iter().filter(|socket| !ours.contains(&socket.inode)).map(describe).collect() })
 }
 
 fn read_table(path: &str) -> OpResult<Vec<Socket>> {
@@ -88,16 +90,23 @@ fn owners() -> HashMap<u64, (u32, String)> {
     let mut owners = HashMap::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let process = entry.path();
         let mut name = None;
-        for fd in fs::read_dir(entry.path().join("fd")).into_iter().flatten().flatten() {
-            let Ok(link) = fs::read_link(fd.path()) else { continue };
-            let inode = link.to_str().and_then(|link| link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
-            let Some(inode) = inode else { continue };
-            let read_name = || fs::read_to_string(entry.path().join("comm")).unwrap_or_default().trim().to_owned();
+        for inode in sockets_of(&process) {
+            let read_name = || fs::read_to_string(process.join("comm")).unwrap_or_default().trim().to_owned();
             owners.insert(inode, (pid, name.get_or_insert_with(read_name).clone()));
         }
     }
     owners
+}
+
+/// The inodes of the sockets that a process, a directory of /proc, has open.
+fn sockets_of(process: &Path) -> impl Iterator<Item = u64> {
+    let links = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
+    links.filter_map(|fd| {
+        let link = fs::read_link(fd.path()).ok()?;
+        link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+    })
 }
 
 #[cfg(test)]

@@ -143,9 +143,13 @@ fn prepare(plan: &Plan<'_>) -> Result<(), (Step, Errno)> {
     if let Some(user) = plan.user {
         become_user(user)?;
     }
-    // SAFETY: as above. Ignored signals survive exec, and the Rust runtime ignores SIGPIPE.
+    // Ignored signals survive exec: the Rust runtime ignores SIGPIPE, and whoever started us perhaps the others.
+    for signal in [libc::SIGPIPE, libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
+        // SAFETY: as above; without CLONE_SIGHAND the table of handlers is the child's own.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    // SAFETY: as above.
     unsafe {
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
         libc::umask(0o022);
         let mut none = MaybeUninit::<libc::sigset_t>::uninit();
         libc::sigemptyset(none.as_mut_ptr());
