@@ -67,6 +67,8 @@ class Supervisor:
             try:
                 credentials = await asyncio.to_thread(prepare, settings)
                 if await self._unless_stopped(self._build_templates()):
+                    # Not earlier: the builder is no orphan, and its end belongs to whoever waits for it.
+                    asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap)
                     self._children = self._make_children(lock)
                     if await self._unless_stopped(self._start()):
                         keepers = [asyncio.create_task(child.keep_running()) for child in self._children]
@@ -120,7 +122,6 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._on_signal)
-        loop.add_signal_handler(signal.SIGCHLD, self._reap)
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
