@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import datetime as dt
+import functools
 import re
 import uuid
 from collections.abc import Mapping
@@ -105,15 +106,25 @@ def _invalid_fields(fields: Mapping[str, Any], kind: type[msgspec.Struct], *, st
                 problems.append(FieldProblem(name, "is required"))
             continue
         try:
-            msgspec.convert(fields[name], row.type, strict=strict)
+            msgspec.convert({"value": fields[name]}, _alone(row.type), strict=strict)
         except msgspec.ValidationError as error:
             problems.append(_problem(name, str(error)))
     message = "; ".join(f"{problem.field} {problem.reason}" for problem in problems[:3])
     return GatewayError("validation_failed", f"The request is invalid: {message}.", details=problems)
 
 
+@functools.cache
+def _alone(kind: Any) -> type[msgspec.Struct]:
+    """A body of the one field `value`.
+
+    msgspec keeps what it knows of a struct. What it makes for any other type it frees after each call, and for a union
+    of a list and a string with a pattern it frees what is not its own: the process dies of the next few requests.
+    """
+    return msgspec.defstruct("Alone", [("value", kind)])
+
+
 def _problem(name: str, message: str) -> FieldProblem:
-    """`files[2].path` and `must not contain NUL` from "Expected `str` matching regex '…' - at `$[2].path`"."""
+    """`files[2].path` and `must not contain NUL` from "Expected `str` matching regex '…' - at `$.value[2].path`"."""
     match = _ERROR_PLACE.match(message)
     assert match is not None  # every part of the pattern is optional  # noqa: S101
     reason = match["reason"].replace("`", "").replace("Expected", "expected", 1)
@@ -122,7 +133,7 @@ def _problem(name: str, message: str) -> FieldProblem:
         reason = next((words for regex, words in _PATTERN_WORDS.items() if repr(regex) == pattern["pattern"]), reason)
     if match["key"]:
         reason = f"a name in it {reason}"
-    return FieldProblem(name + (match["place"] or "").replace("$", "", 1), reason)
+    return FieldProblem(name + (match["place"] or "").removeprefix("$.value"), reason)
 
 
 def first(*values: Any) -> Any:

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 from msgspec import Struct
 
@@ -150,3 +153,21 @@ def test_metadata_is_bounded():
     assert decode.metadata({"a": "x" * 16_000}) is not None
     with pytest.raises(GatewayError, match="metadata"):
         decode.metadata({"a": "x" * 17_000})
+
+
+def test_refusing_a_command_leaves_the_decoder_whole():
+    # In a process of its own: what msgspec frees of a union such as ExecRequest.command corrupts memory.
+    script = """
+from gateway.dialects.miosa.decode import json_object
+from gateway.dialects.miosa.execution import ExecRequest
+from gateway.errors import GatewayError
+
+for command in ('[""]', "[1]", '"a\\\\u0000"', '["a\\\\u0000"]', "[]", '"ls"') * 200:
+    try:
+        json_object(('{"timeout": -1, "command": ' + command + "}").encode(), ExecRequest)
+    except GatewayError as error:
+        assert error.code == "validation_failed", error
+print(json_object(b'{"command": ["ls"]}', ExecRequest).command)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "['ls']\n"), done.stderr
