@@ -173,7 +173,12 @@ def timestamp(field: str, value: str | None) -> float | None:
         raise invalid(field, "must be an ISO 8601 time such as 2027-01-01T00:00:00Z") from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=dt.UTC)
-    return moment.timestamp()
+    seconds = moment.timestamp()
+    try:
+        dt.datetime.fromtimestamp(seconds, dt.UTC)
+    except (OverflowError, ValueError):
+        raise invalid(field, "must lie in the years 1 to 9999, in UTC too") from None
+    return seconds
 
 
 def base64_bytes(field: str, value: str) -> bytes:

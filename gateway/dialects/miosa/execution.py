@@ -208,6 +208,11 @@ def command_line(body: ExecRequest) -> tuple[Sequence[str] | None, str | None]:
     return None, given
 
 
+def _refuse_stdin(body: ExecRequest) -> None:
+    if body.stdin:
+        raise invalid("stdin", "is taken only where the answer waits for the end; a process has processes/{pid}/stdin")
+
+
 async def run(call: Call, body: ExecRequest) -> ExecResult | Response:
     """Run a command and wait for its end.
 
@@ -237,6 +242,7 @@ async def stream(call: Call, body: ExecRequest) -> Response:
 
     Frames `stdout` and `stderr` with `{"line"}`, at last `exit` with `{"exit_code"}`. Closing the stream kills it.
     """
+    _refuse_stdin(body)
     argv, shell = command_line(body)
     command = commands.StreamExec(
         decode.sandbox_id(call),
@@ -253,6 +259,7 @@ async def stream(call: Call, body: ExecRequest) -> Response:
 
 async def start(call: Call, body: ExecRequest) -> Process:
     """Start a background process; it outlives the request."""
+    _refuse_stdin(body)
     argv, shell = command_line(body)
     command = commands.StartProcess(
         decode.sandbox_id(call),

@@ -15,7 +15,7 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from gateway import commands, resources
-from gateway.dialects.miosa import clients, decode, sse, transfer
+from gateway.dialects.miosa import clients, decode, errors, sse, transfer
 from gateway.dialects.miosa.answers import Source, iso_time
 from gateway.dialects.miosa.decode import first
 from gateway.dialects.miosa.route import BYTES, EVENT_STREAM, Route, one
@@ -31,7 +31,7 @@ FILE_BYTES_MAX = 10 * 1024 * 1024
 #: Base64 takes 4/3 of that, and the rest of the body something too.
 _BODY_BYTES_MAX = 15 * 1024 * 1024
 
-Depth = Annotated[int, Meta(ge=1, le=64)]
+Depth = Annotated[int, Meta(ge=1, le=32)]
 Mode = Annotated[int, Meta(ge=0, le=0o7777)] | Annotated[str, Meta(pattern=r"^(0o)?[0-7]{1,4}$")]
 
 
@@ -273,7 +273,7 @@ async def write_many(call: Call, body: WriteFilesRequest) -> FilesWritten:
     command = commands.WriteFiles(decode.sandbox_id(call), files)
     outcomes = await call.engine.write_files(call.principal, command)
     failed = [
-        {"path": path, "code": outcome.code, "error": outcome.message}
+        {"path": path, "code": errors.TABLE[outcome.code][1], "error": outcome.message}
         for path, outcome in outcomes
         if isinstance(outcome, GatewayError)
     ]

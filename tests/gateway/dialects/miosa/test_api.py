@@ -214,6 +214,12 @@ async def test_detached_exec_is_a_process(api, sandbox):
     assert answer.json()["state"] == "running"
 
 
+@pytest.mark.parametrize("path", ["exec/stream", "processes"])
+async def test_input_that_would_get_lost_is_refused(api, sandbox, path):
+    answer = await api.post(f"{sandbox}/{path}", json={"command": "cat", "stdin": "hello"})
+    assert (answer.status_code, answer.json()["details"][0]["field"]) == (422, "stdin")
+
+
 async def test_exec_stream(api, sandbox):
     found = await collect(api, "POST", f"{sandbox}/exec/stream", json={"command": "echo one; echo two; exit 3"})
     assert [(kind, data.get("line")) for kind, data, _ in found] == [
@@ -335,7 +341,7 @@ async def test_many_files_succeed_or_fail_by_themselves(api, sandbox, path):
     body = (await api.post(f"{sandbox}/{path}", json={"files": files})).json()
     assert_hybrid(body)
     assert body["written"] == ["/workspace/a"]
-    assert [failure["path"] for failure in body["failed"]] == ["/proc/b"]
+    assert [(failure["path"], failure["code"]) for failure in body["failed"]] == [("/proc/b", "FORBIDDEN_PATH")]
     assert body["success"] is False
 
 

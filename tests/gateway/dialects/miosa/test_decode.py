@@ -131,9 +131,10 @@ def test_times(text, expected):
     assert decode.timestamp("expires_at", text) == expected
 
 
-def test_bad_time_names_the_field():
+@pytest.mark.parametrize("text", ["tomorrow", "9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00"])
+def test_bad_time_names_the_field(text):
     with pytest.raises(GatewayError) as caught:
-        decode.timestamp("expires_at", "tomorrow")
+        decode.timestamp("expires_at", text)
     assert "expires_at" in problems(caught.value)
 
 
