@@ -13,6 +13,15 @@ pub struct Config {
     /// Address of the public listener; may be given several times. Port 0 lets the system choose.
     #[arg(long, required = true)]
     pub listen: Vec<SocketAddr>,
+    /// Address of the public TLS listener; may be given several times.
+    #[arg(long, requires = "tls_dir")]
+    pub tls_listen: Vec<SocketAddr>,
+    /// Directory of NAME.crt and NAME.key, PEM; read again on SIGHUP and when a file changes.
+    #[arg(long)]
+    pub tls_dir: Option<PathBuf>,
+    /// Redirect every request of the plain listener to https at this port.
+    #[arg(long)]
+    pub https_redirect: Option<u16>,
     /// Address of the listener for /healthz, /readyz and /metrics.
     #[arg(long)]
     pub admin_listen: Option<SocketAddr>,

@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use serde_json::json;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
 
 use crate::access_log::AccessLog;
 use crate::admin::{self, Admin};
@@ -18,12 +20,18 @@ use crate::control::{self, Control};
 use crate::journal::Journal;
 use crate::metrics::Metrics;
 use crate::table::Table;
-use crate::worker::{self, Shared, wall_clock_s};
+use crate::tls::Certificates;
+use crate::worker::{self, Listener, Shared, wall_clock_s};
 
 /// Connections the kernel queues per listener.
 const BACKLOG: i32 = 4096;
 /// A dead peer of a silent connection is noticed after this long (plus the kernel's probes).
 const KEEPALIVE: Duration = Duration::from_secs(60);
+/// How often the directory of certificates is looked at.
+const RENEWAL_INTERVAL: Duration = Duration::from_secs(1);
+
+/// One address's sockets, one per worker.
+type Group = Vec<TcpListener>;
 
 /// Runs the plane until a signal has ended it. Must be called on the main thread before others exist.
 pub fn run(config: Config) -> io::Result<()> {
@@ -48,8 +56,14 @@ pub fn run(config: Config) -> io::Result<()> {
         let admin_listener = config.admin_listen.map(admin::listen).transpose()?;
         let listeners =
             config.listen.iter().map(|&address| listen(address, workers)).collect::<io::Result<Vec<_>>>()?;
-        announce(&listeners, admin_listener.as_ref())?;
-        let threads = start_workers(&shared, &metrics, listeners)?;
+        let tls_listeners =
+            config.tls_listen.iter().map(|&address| listen(address, workers)).collect::<io::Result<Vec<_>>>()?;
+        let certificates = config.tls_dir.as_deref().map(Certificates::open).transpose()?;
+        announce(&listeners, &tls_listeners, admin_listener.as_ref())?;
+        let threads = start_workers(&shared, &metrics, with_tls(listeners, tls_listeners, certificates.as_ref())?)?;
+        if let Some(certificates) = certificates {
+            tokio::task::spawn_local(renew(certificates, signal(SignalKind::hangup())?));
+        }
         let control = Control::new(Arc::clone(&table), Arc::clone(&metrics), journal, epoch());
         tokio::task::spawn_local(Rc::clone(&control).serve(control_listener));
         tokio::task::spawn_local(control.housekeeping());
@@ -80,16 +94,20 @@ fn epoch() -> String {
 }
 
 /// Tells the supervisor where we listen: one JSON line on standard output.
-fn announce(listeners: &[Vec<TcpListener>], admin: Option<&TcpListener>) -> io::Result<()> {
-    let addresses =
-        listeners.iter().map(|group| Ok(group[0].local_addr()?.to_string())).collect::<io::Result<Vec<_>>>()?;
+fn announce(plain: &[Group], tls: &[Group], admin: Option<&TcpListener>) -> io::Result<()> {
+    let addresses = |listeners: &[Group]| {
+        listeners.iter().map(|group| Ok(group[0].local_addr()?.to_string())).collect::<io::Result<Vec<_>>>()
+    };
     let admin = admin.map(TcpListener::local_addr).transpose()?.map(|address| address.to_string());
-    println!("{}", json!({"event": "listening", "listen": addresses, "admin": admin}));
+    println!(
+        "{}",
+        json!({"event": "listening", "listen": addresses(plain)?, "tls_listen": addresses(tls)?, "admin": admin})
+    );
     Ok(())
 }
 
 /// One listener per worker on the same address; the kernel spreads connections over them.
-fn listen(address: SocketAddr, count: usize) -> io::Result<Vec<TcpListener>> {
+fn listen(address: SocketAddr, count: usize) -> io::Result<Group> {
     // SO_REUSEPORT would let two planes share a port unnoticed. A bind without it fails if anybody is there.
     let probe = open(address, false)?;
     let address = probe.local_addr()?;
@@ -116,11 +134,33 @@ fn open(address: SocketAddr, is_shared: bool) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
+/// Says how each listener is served.
+fn with_tls(plain: Vec<Group>, tls: Vec<Group>, certificates: Option<&Certificates>) -> io::Result<Vec<Vec<Listener>>> {
+    let config = certificates.map(Certificates::server_config).transpose()?;
+    let acceptor = config.map(|config| TlsAcceptor::from(Arc::new(config)));
+    let served = |group: Group, acceptor: Option<&TlsAcceptor>| {
+        group.into_iter().map(|socket| Listener { socket, acceptor: acceptor.cloned() }).collect()
+    };
+    let plain = plain.into_iter().map(|group| served(group, None));
+    Ok(plain.chain(tls.into_iter().map(|group| served(group, acceptor.as_ref()))).collect())
+}
+
+/// Follows the directory of certificates, for ever.
+async fn renew(mut certificates: Certificates, mut hangup: Signal) {
+    loop {
+        // A signal that cannot come any more leaves the interval.
+        let _ = timeout(RENEWAL_INTERVAL, hangup.recv()).await;
+        if let Err(error) = certificates.refresh() {
+            crate::log::warning("cannot read the certificates", &error);
+        }
+    }
+}
+
 type Threads = Vec<std::thread::JoinHandle<()>>;
 
-fn start_workers(shared: &Shared, metrics: &Metrics, listeners: Vec<Vec<TcpListener>>) -> io::Result<Threads> {
+fn start_workers(shared: &Shared, metrics: &Metrics, listeners: Vec<Vec<Listener>>) -> io::Result<Threads> {
     let workers = shared.config.worker_count();
-    let mut by_worker: Vec<Vec<TcpListener>> = (0..workers).map(|_| Vec::new()).collect();
+    let mut by_worker: Vec<Vec<Listener>> = (0..workers).map(|_| Vec::new()).collect();
     for group in listeners {
         for (own, listener) in by_worker.iter_mut().zip(group) {
             own.push(listener);
