@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from previews.plane import PlaneClient
-from tests.previews.certificates import Authority
 from tests.previews.harness import Plane, Upstream, describe, unix_upstream
+from tests.support.certificates import Authority
 
 StartPlane = Callable[..., Awaitable[Plane]]
 

@@ -12,8 +12,8 @@ import h2.connection
 import h2.events
 from hyperframe.frame import Frame, GoAwayFrame
 
-from tests.previews.certificates import Authority
 from tests.previews.harness import PATIENCE_S, Plane
+from tests.support.certificates import Authority
 
 Fields = list[tuple[str, str]]
 
@@ -126,6 +126,13 @@ class Http2Client:
             while not answer.is_over and answer.reset is None:
                 await self.receive()
         return answer
+
+    async def until_closed(self) -> None:
+        """Take in what comes until the plane closes."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not self.is_closed:
+                with contextlib.suppress(ConnectionResetError):
+                    await self.receive()
 
     async def request(self, method: str, authority: str, path: str = "/", *fields: tuple[str, str]) -> Answer:
         """A request without content."""

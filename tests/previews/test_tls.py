@@ -12,9 +12,9 @@ import pytest
 from native import plane_path
 from previews.routes import PortRoute, ShareRule
 from previews.tokens import hash_token
-from tests.previews.certificates import Authority, fingerprint
 from tests.previews.conftest import StartPlane
 from tests.previews.harness import PATIENCE_S, Client, Exchange, Plane, describe, host, tcp_upstream
+from tests.support.certificates import Authority, fingerprint
 
 
 def shown(client: Client) -> str:
@@ -84,7 +84,8 @@ async def test_large_responses_arrive_whole_and_small_ones_at_once(
 
     async def events(exchange: Exchange) -> None:
         if exchange.head.target == "/large":
-            return await exchange.answer(large)
+            await exchange.answer(large)
+            return
         await exchange.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n")
         await go_on.wait()
         await exchange.send(b"0\r\n\r\n")
@@ -146,11 +147,8 @@ async def test_a_removed_certificate_is_shown_no_more(start_plane: StartPlane, a
     context = authority.context()
     await seen_by(plane, "removed.test", context)
     (authority.directory / "removed.crt").unlink()
-    async with asyncio.timeout(PATIENCE_S):
-        with pytest.raises(ssl.SSLError):
-            while True:
-                await seen_by(plane, "removed.test", context)
-                await asyncio.sleep(0.02)
+    with pytest.raises(ssl.SSLError):
+        await until_seen(plane, "removed.test", context, "never")
     await seen_by(plane, "kept.test", context)
 
 

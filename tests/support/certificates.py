@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import ssl
 from pathlib import Path
 
@@ -30,7 +29,7 @@ class Authority:
         """Replace a file in one step."""
         scratch = self.directory / f"{name}.new"
         scratch.write_bytes(content)
-        os.replace(scratch, self.directory / name)
+        scratch.replace(self.directory / name)
 
     def context(self, *protocols: str) -> ssl.SSLContext:
         """A client that trusts this authority and offers these protocols."""
