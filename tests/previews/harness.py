@@ -251,8 +251,9 @@ class Client:
 class Plane:
     """A running sandgate-plane with a control connection."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, workers: int = 2) -> None:
         self.directory = directory
+        self.workers = workers
         self.api_socket = directory / "api.sock"
         self.control_socket = directory / "plane.sock"
         self.process: asyncio.subprocess.Process
@@ -268,7 +269,7 @@ class Plane:
             plane_path(),
             *("--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"),
             *("--api-socket", self.api_socket, "--control-socket", self.control_socket),
-            *("--workers", "2", "--die-with-parent", *flags),
+            *("--workers", str(self.workers), "--die-with-parent", *flags),
             stdout=asyncio.subprocess.PIPE,
         )
         assert self.process.stdout is not None

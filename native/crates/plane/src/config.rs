@@ -43,6 +43,9 @@ pub struct Config {
     /// Append a JSON line per request to this file ("-" is standard output).
     #[arg(long)]
     pub access_log: Option<PathBuf>,
+    /// Take over the listeners of the plane that serves at the control socket, if one does; it drains and ends.
+    #[arg(long)]
+    pub take_over: bool,
     /// End when the parent process does.
     #[arg(long)]
     pub die_with_parent: bool,

@@ -22,6 +22,7 @@ pub mod connection;
 pub mod control;
 pub mod exchange;
 pub mod failure;
+pub mod handover;
 pub mod http;
 pub mod http2;
 pub mod journal;

@@ -80,6 +80,18 @@ pub struct Listener {
     pub acceptor: Option<TlsAcceptor>,
 }
 
+/// How the process is going to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drain {
+    /// Not yet.
+    No,
+    /// A successor has the listeners. Idle connections are kept until their next request, or they could be closed just
+    /// as the client sends one.
+    HandedOver,
+    /// As soon as the requests in flight are answered.
+    Stop,
+}
+
 /// What every worker is given.
 #[derive(Clone)]
 pub struct Shared {
@@ -89,8 +101,8 @@ pub struct Shared {
     pub table: Arc<Table>,
     /// Connection counts.
     pub census: Arc<Census>,
-    /// Turns true when the process is to stop.
-    pub drain: watch::Receiver<bool>,
+    /// Whether the process is to stop.
+    pub drain: watch::Receiver<Drain>,
 }
 
 /// What the connections of one worker share.
@@ -187,9 +199,9 @@ pub fn run(shared: Shared, counters: Arc<Counters>, listeners: Vec<Listener>, ac
 }
 
 /// Waits for the drain and then for the last connection, bounded by the drain's time-out.
-async fn finish(worker: Rc<Worker>, mut drain: watch::Receiver<bool>) {
+async fn finish(worker: Rc<Worker>, mut drain: watch::Receiver<Drain>) {
     // An error means that the sender is gone: the process is ending without ceremony.
-    let _ = drain.wait_for(|is_draining| *is_draining).await;
+    let _ = drain.wait_for(|drain| *drain != Drain::No).await;
     worker.is_draining.set(true);
     let deadline = Instant::now() + crate::config::duration(worker.config.limits.drain_timeout_s);
     while worker.counters.has_connections() && Instant::now() < deadline {
@@ -200,7 +212,7 @@ async fn finish(worker: Rc<Worker>, mut drain: watch::Receiver<bool>) {
     }
 }
 
-async fn accept(worker: Rc<Worker>, census: Arc<Census>, listener: Listener, mut drain: watch::Receiver<bool>) {
+async fn accept(worker: Rc<Worker>, census: Arc<Census>, listener: Listener, mut drain: watch::Receiver<Drain>) {
     let Listener { socket, acceptor } = listener;
     let listener = match TcpListener::from_std(socket) {
         Ok(listener) => listener,
@@ -210,7 +222,7 @@ async fn accept(worker: Rc<Worker>, census: Arc<Census>, listener: Listener, mut
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             // Closes the listener: the kernel sends no more connections here.
-            _ = drain.wait_for(|is_draining| *is_draining) => return,
+            _ = drain.wait_for(|drain| *drain != Drain::No) => return,
         };
         match accepted {
             Ok((stream, peer)) => start(&worker, &census, stream, peer, acceptor.as_ref()),
@@ -268,7 +280,7 @@ async fn serve_tls(worker: &Rc<Worker>, watch: &Rc<Watch>, acceptor: &TlsAccepto
 }
 
 /// Keeps the clock and looks at every connection, [`SWEEP_MS`] apart.
-async fn sweep(worker: Rc<Worker>, drain: watch::Receiver<bool>) {
+async fn sweep(worker: Rc<Worker>, drain: watch::Receiver<Drain>) {
     let mut interval = tokio::time::interval(Duration::from_millis(SWEEP_MS));
     let mut generation = worker.table.generation();
     let mut expiries_due_ms = 0;
@@ -276,7 +288,7 @@ async fn sweep(worker: Rc<Worker>, drain: watch::Receiver<bool>) {
         interval.tick().await;
         worker.tick();
         let now_ms = worker.now_ms();
-        let is_draining = *drain.borrow();
+        let drain = *drain.borrow();
         let is_due = generation != worker.table.generation() || now_ms >= expiries_due_ms;
         if is_due {
             generation = worker.table.generation();
@@ -284,7 +296,7 @@ async fn sweep(worker: Rc<Worker>, drain: watch::Receiver<bool>) {
         }
         let wall_s = worker.wall_s();
         worker.watches.sweep(|watch| {
-            watch.sweep(now_ms, is_draining, |admission| !is_due || admission.holds(&worker.table, wall_s));
+            watch.sweep(now_ms, drain, |admission| !is_due || admission.holds(&worker.table, wall_s));
         });
         worker.pool.sweep(now_ms.saturating_sub(ms(worker.config.limits.upstream_idle_timeout_s)));
         if let Some(log) = &worker.access_log {

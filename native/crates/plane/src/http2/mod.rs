@@ -51,6 +51,7 @@ where
     C: AsyncRead + AsyncWrite + Unpin,
 {
     worker.counters.http2_connections.add(1);
+    watch.can_be_told.set(true);
     let limits = &worker.config.limits;
     let handshake = Builder::new()
         .max_concurrent_streams(STREAMS_MAX)
