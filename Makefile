@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run doctor setup setup-dev build test lint types rust pytest clients fmt bench docs lock clean
+.PHONY: help run doctor setup setup-dev build test lint types rust pytest clients fmt bench fuzz docs lock clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -56,6 +56,9 @@ fmt: ## Format everything
 bench: build ## Measure a running stack (loadtests/baseline)
 	@python -m loadtests.baseline
 
+fuzz: ## Fuzz every parser, SECONDS=300 each; TARGETS="request body" chooses
+	@scripts/fuzz $(or $(SECONDS),300) $(TARGETS)
+
 docs: build ## Renew the documents that are printed from tables in the code
 	@python -m gateway.settings >docs/settings.md
 	@python -m gateway.observability.metrics >docs/metrics.md
@@ -65,5 +68,5 @@ lock: ## Renew requirements/*.lock
 	@scripts/lock
 
 clean: ## Remove what was built, not the data
-	rm -rf .venv .build build dist native/target native/bin native/*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .build build dist native/target native/fuzz/target native/bin native/*.so .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,7 +20,7 @@ _REMAINS_S = 20.0
 
 def check_ports(settings: Settings) -> None:
     """Raises StartError if another program has one of the addresses, or if they are not this machine's."""
-    for name in ("listen", "admin_listen"):
+    for name in settings.listeners:
         address = getattr(settings, name)
         host, port = split_address(address)
         try:

@@ -18,12 +18,15 @@ from dataclasses import asdict, dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 #: A Unix socket's path may have 107 bytes; the longest name in the run directory is "/hostd.sock".
 _RUN_DIR_BYTES_MAX = 107 - len("/hostd.sock")
 
 #: The workspace that the first key belongs to.
 FIRST_WORKSPACE = "default"
+
+_HTTPS_PORT = 443
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
@@ -52,10 +55,21 @@ class Settings:
     listen: Annotated[str, Row("Address of the public listener. `0.0.0.0:8080` opens it to the network.")] = (
         "127.0.0.1:8080"
     )
+    tls_listen: Annotated[
+        str, Row("Address of the public listener for https, such as `0.0.0.0:443`; empty: none. Needs a directory.")
+    ] = ""
+    tls_dir: Annotated[
+        str, Row("Directory of PEM pairs `NAME.crt` and `NAME.key`, read again when they change (docs/previews.md).")
+    ] = ""
+    https_redirect: Annotated[bool, Row("Redirect requests of the public listener to https.")] = False
     admin_listen: Annotated[str, Row("Address of /metrics, /healthz and /readyz. Keep it private.")] = "127.0.0.1:9090"
     domain: Annotated[str, Row("Previews live at `<port>-<slug>.sandbox.<domain>`.")] = "localhost"
     public_url: Annotated[
-        str, Row("Origin clients use, when a proxy stands in front; empty: made from `SANDGATE_LISTEN`.")
+        str,
+        Row(
+            "Origin clients use, when a proxy stands in front; empty: made from `SANDGATE_LISTEN`, or from"
+            " `SANDGATE_DOMAIN` and `SANDGATE_TLS_LISTEN`."
+        ),
     ] = ""
     database_url: Annotated[str, Row("SQLAlchemy URL; empty: SQLite in the data directory.")] = ""
     workers: Annotated[int, Row("API worker processes; 0: one per core, at most 2.", least=0, most=256)] = 0
@@ -168,6 +182,11 @@ class Settings:
         return self.workers or min(len(os.sched_getaffinity(0)), 2)
 
     @property
+    def listeners(self) -> tuple[str, ...]:
+        """The settings that hold an address to listen on."""
+        return ("listen", "admin_listen", *(("tls_listen",) if self.tls_listen else ()))
+
+    @property
     def public_port(self) -> int:
         """The port in preview URLs."""
         return split_address(self.listen)[1]
@@ -177,9 +196,19 @@ class Settings:
         """Where clients find the server, without a trailing slash."""
         if self.public_url:
             return self.public_url.rstrip("/")
+        if self.tls_listen:
+            # By name: certificates are seldom made out to addresses.
+            port = split_address(self.tls_listen)[1]
+            return f"https://{self.domain}" + ("" if port == _HTTPS_PORT else f":{port}")
         host, port = split_address(self.listen)
         reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
         return f"http://{reachable}:{port}"
+
+    @property
+    def https_port(self) -> int:
+        """Where clients find https: the port of the origin if that is https."""
+        origin = urlsplit(self.origin)
+        return origin.port or _HTTPS_PORT
 
     @property
     def api_base_url(self) -> str:
@@ -293,12 +322,13 @@ def _convert(kind: Any, text: str) -> Any:
 
 
 def _check_together(settings: Settings) -> None:
-    for name in ("listen", "admin_listen"):
+    for name in settings.listeners:
         try:
             split_address(getattr(settings, name))
         except ValueError as error:
             raise SettingsError(f"{env_name(name)}: {error}") from None
     _check_networks(settings)
+    _check_tls(settings)
     if settings.listen == settings.admin_listen and settings.public_port != 0:
         raise SettingsError("SANDGATE_ADMIN_LISTEN must differ from SANDGATE_LISTEN")
     for name in ("cpu_count", "memory_mib", "disk_mib"):
@@ -308,6 +338,15 @@ def _check_together(settings: Settings) -> None:
         raise SettingsError("SANDGATE_SANDBOX_TIMEOUT_S is over SANDGATE_SANDBOX_TIMEOUT_MAX_S")
     if settings.public_url and not settings.public_url.startswith(("http://", "https://")):
         raise SettingsError(f"SANDGATE_PUBLIC_URL={settings.public_url}: must start with http:// or https://")
+
+
+def _check_tls(settings: Settings) -> None:
+    if bool(settings.tls_listen) != bool(settings.tls_dir):
+        raise SettingsError("SANDGATE_TLS_LISTEN and SANDGATE_TLS_DIR go together")
+    if settings.https_redirect and not settings.origin.startswith("https://"):
+        raise SettingsError("SANDGATE_HTTPS_REDIRECT needs SANDGATE_TLS_LISTEN, or SANDGATE_PUBLIC_URL with https://")
+    if settings.tls_listen in {settings.listen, settings.admin_listen} and split_address(settings.tls_listen)[1] != 0:
+        raise SettingsError("SANDGATE_TLS_LISTEN must differ from SANDGATE_LISTEN and SANDGATE_ADMIN_LISTEN")
 
 
 def _check_networks(settings: Settings) -> None:

@@ -165,6 +165,7 @@ class Supervisor:
             *("--api-socket", settings.api_socket),
             *("--control-socket", settings.plane_socket),
             *("--domain", settings.domain),
+            *_tls_flags(settings),
         ]
         admin = split_address(settings.admin_listen)
 
@@ -250,6 +251,15 @@ Try it:
 Ctrl-C stops everything and removes every sandbox.
 """
         )
+
+
+def _tls_flags(settings: Settings) -> list[str | Path]:
+    flags: list[str | Path] = []
+    if settings.tls_listen:
+        flags += ["--tls-listen", settings.tls_listen, "--tls-dir", settings.tls_dir]
+    if settings.https_redirect:
+        flags += ["--https-redirect", str(settings.https_port)]
+    return flags
 
 
 async def _start_child(child: Child, timeout_s: float) -> None:

@@ -15,7 +15,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.server import ServerProcess
+from tests.support.certificates import Authority
+from tests.support.server import ServerProcess, free_ports
 
 TIMEOUT_S = 60.0
 
@@ -165,6 +166,27 @@ def test_taken_port_is_named_with_the_way_out(server: Server) -> None:
     assert refused.returncode == 1
     assert f"SANDGATE_LISTEN=127.0.0.1:{server.port}: Address already in use" in refused.stderr
     assert "or choose another" in refused.stderr
+
+
+def test_with_tls_it_is_found_by_https_and_http_leads_there(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "tls")
+    authority.issue("all", "localhost", "*.sandbox.localhost")
+    (port,) = free_ports(1)
+    settings = {"tls_listen": f"127.0.0.1:{port}", "tls_dir": authority.directory, "https_redirect": True}
+    with (
+        Server(tmp_path / "home", **settings) as server,
+        httpx.Client(
+            verify=authority.context(), headers={"authorization": f"Bearer {server.api_key}"}, timeout=TIMEOUT_S
+        ) as client,
+    ):
+        assert server.base_url == f"https://localhost:{port}/api/v1"
+        assert client.get(f"{server.base_url}/sandboxes").status_code == 200
+        moved = client.get(f"http://localhost:{server.port}/api/v1/sandboxes?limit=1")
+        assert (moved.status_code, moved.headers["location"]) == (308, f"{server.base_url}/sandboxes?limit=1")
+        made = client.post(f"{server.base_url}/sandboxes", json={}).json()
+        url = client.post(f"{server.base_url}/sandboxes/{made['id']}/expose", json={"port": 3000}).text
+        assert f"sandbox.localhost:{port}" in url
+        assert "https://3000-" in url
 
 
 def test_bad_setting_is_named(tmp_path: Path) -> None:

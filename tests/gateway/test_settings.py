@@ -47,6 +47,9 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path) -> No
         ("LISTEN", "127.0.0.1:65536", "is not host:port"),
         ("LISTEN", "::1:8080", "goes in brackets"),
         ("ADMIN_LISTEN", "127.0.0.1:8080", "must differ"),
+        ("TLS_LISTEN", "0.0.0.0:443", "go together"),
+        ("TLS_LISTEN", "443", "is not host:port"),
+        ("HTTPS_REDIRECT", "true", "needs SANDGATE_TLS_LISTEN"),
         ("PUBLIC_URL", "example.com", "must start with http"),
         ("SANDBOX_MEMORY_MIB", "99999", "is over SANDGATE_SANDBOX_MEMORY_MIB_MAX"),
         ("SANDBOX_TIMEOUT_S", "1e9", "is over"),
@@ -56,6 +59,33 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path) -> No
 def test_impossible_value_is_refused_by_name(name: str, value: str, complaint: str) -> None:
     with pytest.raises(SettingsError, match=f"SANDGATE_{name}.*{complaint}"):
         load({f"SANDGATE_{name}": value})
+
+
+@pytest.mark.parametrize(
+    ("more", "origin", "port"),
+    [
+        ({"SANDGATE_TLS_LISTEN": "0.0.0.0:443"}, "https://box.test", 443),
+        ({"SANDGATE_TLS_LISTEN": "[::]:8443"}, "https://box.test:8443", 8443),
+        (
+            {"SANDGATE_TLS_LISTEN": "[::]:8443", "SANDGATE_PUBLIC_URL": "https://api.box.test"},
+            "https://api.box.test",
+            443,
+        ),
+    ],
+)
+def test_with_tls_clients_are_sent_to_https(more: dict[str, str], origin: str, port: int) -> None:
+    environ = {"SANDGATE_DOMAIN": "box.test", "SANDGATE_TLS_DIR": "/tls", "SANDGATE_HTTPS_REDIRECT": "yes", **more}
+    settings = load(environ)
+
+    assert settings.origin == origin
+    assert settings.https_port == port
+    assert settings.api_base_url == f"{origin}/api/v1"
+    assert load(settings.environment()) == settings
+
+
+def test_listeners_differ() -> None:
+    with pytest.raises(SettingsError, match="SANDGATE_TLS_LISTEN must differ"):
+        load({"SANDGATE_TLS_LISTEN": "127.0.0.1:8080", "SANDGATE_TLS_DIR": "/tls"})
 
 
 def test_unknown_key_in_the_file_is_refused(tmp_path: Path) -> None:

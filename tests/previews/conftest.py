@@ -11,6 +11,7 @@ import pytest
 
 from previews.plane import PlaneClient
 from tests.previews.harness import Plane, Upstream, describe, unix_upstream
+from tests.support.certificates import Authority
 
 StartPlane = Callable[..., Awaitable[Plane]]
 
@@ -48,3 +49,9 @@ async def api(run_dir: Path) -> AsyncIterator[Upstream]:
     """An API that answers with what it was asked."""
     async with unix_upstream(describe, run_dir / "api.sock") as upstream:
         yield upstream
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    """An authority whose directory is still empty."""
+    return Authority(tmp_path / "tls")

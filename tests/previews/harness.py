@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import re
+import ssl
 import uuid
 from asyncio import StreamReader, StreamWriter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -243,20 +244,22 @@ class Client:
 
     async def close(self) -> None:
         self.writer.close()
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
             await self.writer.wait_closed()
 
 
 class Plane:
     """A running sandgate-plane with a control connection."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, workers: int = 2) -> None:
         self.directory = directory
+        self.workers = workers
         self.api_socket = directory / "api.sock"
         self.control_socket = directory / "plane.sock"
         self.process: asyncio.subprocess.Process
         self.address: tuple[str, int]
         self.admin: tuple[str, int]
+        self.tls_addresses: list[tuple[str, int]]
         self.control: PlaneClient
         self._versions = itertools.count(1)
 
@@ -266,13 +269,14 @@ class Plane:
             plane_path(),
             *("--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"),
             *("--api-socket", self.api_socket, "--control-socket", self.control_socket),
-            *("--workers", "2", "--die-with-parent", *flags),
+            *("--workers", str(self.workers), "--die-with-parent", *flags),
             stdout=asyncio.subprocess.PIPE,
         )
         assert self.process.stdout is not None
         async with asyncio.timeout(PATIENCE_S):
             said = json.loads(await self.process.stdout.readline())
         self.address, self.admin = _address(said["listen"][0]), _address(said["admin"])
+        self.tls_addresses = [_address(text) for text in said["tls_listen"]]
 
     async def stop(self) -> int:
         """Stop it as a supervisor does; returns its exit status."""
@@ -290,6 +294,18 @@ class Plane:
         """A fresh client connection."""
         reader, writer = await asyncio.open_connection(*self.address, limit=2**20)
         client = Client(reader, writer)
+        try:
+            yield client
+        finally:
+            await client.close()
+
+    @contextlib.asynccontextmanager
+    async def tls_client(self, name: str, context: ssl.SSLContext) -> AsyncIterator[Client]:
+        """A fresh client connection by TLS that asks for the certificate of `name`."""
+        address = self.tls_addresses[0]
+        async with asyncio.timeout(PATIENCE_S):
+            opened = await asyncio.open_connection(*address, limit=2**20, ssl=context, server_hostname=name)
+        client = Client(*opened)
         try:
             yield client
         finally:

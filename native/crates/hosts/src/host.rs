@@ -188,8 +188,8 @@ fn check_port(port: Option<&[u8]>) -> Result<(), HostError> {
     let Some(port) = port else { return Ok(()) };
     // RFC 3986 allows an empty port after the colon.
     let is_number = port.len() <= 5 && port.iter().all(u8::is_ascii_digit);
-    let value = port.iter().fold(0u32, |sum, &b| sum * 10 + u32::from(b.wrapping_sub(b'0')));
-    if is_number && value <= 65535 { Ok(()) } else { Err(HostError::BadPort) }
+    let value = || port.iter().fold(0u32, |sum, &b| sum * 10 + u32::from(b - b'0'));
+    if is_number && value() <= 65535 { Ok(()) } else { Err(HostError::BadPort) }
 }
 
 fn check_labels(name: &[u8]) -> Result<(), HostError> {

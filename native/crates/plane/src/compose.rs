@@ -1,10 +1,17 @@
 //! The heads the plane sends: what came in, without what must not pass, with what only we may say.
 
+use std::net::IpAddr;
+
 use crate::admit::{self, Credentials};
 use crate::http::Framing;
 use crate::http::fields::{Field, Name, is_named_by_connection};
 use crate::http::request::Request;
 use crate::http::response::Response;
+
+/// Protocol of a plain listener, as `X-Forwarded-Proto` says it.
+pub const HTTP: &str = "http";
+/// Protocol of a TLS listener.
+pub const HTTPS: &str = "https";
 
 /// The connection as an upstream is told of it.
 pub struct Peer {
@@ -14,6 +21,21 @@ pub struct Peer {
     pub forwarded_for: Box<str>,
     /// `http` or `https`.
     pub proto: &'static str,
+}
+
+impl Peer {
+    /// The client at `address`, which speaks `proto`.
+    pub fn new(address: IpAddr, proto: &'static str) -> Self {
+        let is_v6 = address.is_ipv6();
+        let address = address.to_string().into_boxed_str();
+        let forwarded_for = if is_v6 { format!("\"[{address}]\"").into() } else { address.clone() };
+        Self { address, forwarded_for, proto }
+    }
+
+    /// Whether nobody on the way to us can listen.
+    pub fn is_secure(&self) -> bool {
+        self.proto == HTTPS
+    }
 }
 
 /// Path and query of a target.

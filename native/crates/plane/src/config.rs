@@ -13,6 +13,15 @@ pub struct Config {
     /// Address of the public listener; may be given several times. Port 0 lets the system choose.
     #[arg(long, required = true)]
     pub listen: Vec<SocketAddr>,
+    /// Address of the public TLS listener; may be given several times.
+    #[arg(long, requires = "tls_dir")]
+    pub tls_listen: Vec<SocketAddr>,
+    /// Directory of NAME.crt and NAME.key, PEM; read again on SIGHUP and when a file changes.
+    #[arg(long)]
+    pub tls_dir: Option<PathBuf>,
+    /// Redirect every request of the plain listener to https at this port.
+    #[arg(long)]
+    pub https_redirect: Option<u16>,
     /// Address of the listener for /healthz, /readyz and /metrics.
     #[arg(long)]
     pub admin_listen: Option<SocketAddr>,
@@ -34,6 +43,9 @@ pub struct Config {
     /// Append a JSON line per request to this file ("-" is standard output).
     #[arg(long)]
     pub access_log: Option<PathBuf>,
+    /// Take over the listeners of the plane that serves at the control socket, if one does; it drains and ends.
+    #[arg(long)]
+    pub take_over: bool,
     /// End when the parent process does.
     #[arg(long)]
     pub die_with_parent: bool,

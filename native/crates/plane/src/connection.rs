@@ -7,7 +7,6 @@
 //! Deadlines, revoked accesses and the drain end it from outside, through its [`Watch`].
 
 use std::cell::{Cell, RefCell};
-use std::net::IpAddr;
 use std::pin::pin;
 use std::time::Duration;
 
@@ -22,7 +21,7 @@ use crate::failure::{Audience, Code, Failure};
 use crate::http::fields::{self, Field};
 use crate::http::{Framing, find_end};
 use crate::metrics::Class;
-use crate::net::Shared;
+use crate::net::{Shared, write_both};
 use crate::prepare::{Answer, AnswerKind, Forward, Plan, prepare};
 use crate::tunnel::tunnel;
 use crate::watch::{End, Phase, Watch};
@@ -40,13 +39,13 @@ enum Exit {
     Linger,
 }
 
-/// Serves one connection.
-pub async fn serve<C: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, watch: &Watch, stream: C, client: IpAddr) {
+/// Serves one connection, or anything else that speaks HTTP/1.1.
+pub async fn serve<C: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, watch: &Watch, stream: C, peer: Peer) {
     let session = Session {
         worker,
         watch,
         client: Shared::new(stream),
-        peer: peer(client),
+        peer,
         audience: Cell::default(),
         class: Cell::new(Class::None),
         record: RefCell::default(),
@@ -68,12 +67,6 @@ pub async fn serve<C: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, watch: &W
     if matches!(exit, Exit::Linger) {
         linger(session.client.into_inner()).await;
     }
-}
-
-fn peer(client: IpAddr) -> Peer {
-    let address = client.to_string().into_boxed_str();
-    let forwarded_for = if client.is_ipv6() { format!("\"[{address}]\"").into() } else { address.clone() };
-    Peer { address, forwarded_for, proto: "http" }
 }
 
 /// Answers a connection that is one too many.
@@ -223,7 +216,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
     async fn write(&self, bytes: &[u8]) -> std::io::Result<()> {
         self.watch.is_answering.set(true);
         self.watch.down.set(Phase::Send, self.worker.after(self.worker.config.limits.send_timeout_s));
-        let outcome = (&self.client).write_all(bytes).await;
+        let outcome = write_both(&mut &self.client, bytes, &[], || ()).await;
         self.watch.down.clear();
         outcome
     }
@@ -250,9 +243,9 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
                 self.finished(failure.code.status(), Some(failure.code), Some(request_id));
                 self.write(&bytes).await.is_err().then_some(Exit::Closed)
             }
-            AnswerKind::Redirect(bytes) => {
-                self.finished(303, None, None);
-                let outcome = self.write(&bytes).await;
+            AnswerKind::Redirect { status, head } => {
+                self.finished(status, None, None);
+                let outcome = self.write(&head).await;
                 if outcome.is_err() {
                     return Some(Exit::Closed);
                 }

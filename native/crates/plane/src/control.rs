@@ -2,21 +2,23 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::unix::OwnedReadHalf;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
-use crate::journal::Journal;
+use crate::handover::{self, Group};
+use crate::journal::{Follower, Journal};
 use crate::message::{self, Body, Message};
 use crate::metrics::Metrics;
 use crate::table::{Seen, TOMBSTONE_S, Table};
-use crate::worker::wall_clock_s;
+use crate::worker::{Drain, wall_clock_s};
 
 /// Longest line, either way.
 const LINE_BYTES_MAX: usize = 1024 * 1024;
@@ -24,6 +26,8 @@ const LINE_BYTES_MAX: usize = 1024 * 1024;
 const OUTBOX_LINES_MAX: usize = 4096;
 /// Ids in one activity message: 37 bytes each stay far below a line's limit.
 const ACTIVITY_IDS_MAX: usize = 10_000;
+/// How often the routes file of a successor is looked at.
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The control socket's state; lives on the control thread.
 pub struct Control {
@@ -31,8 +35,33 @@ pub struct Control {
     metrics: Arc<Metrics>,
     journal: RefCell<Journal>,
     epoch: String,
+    paths: Paths,
+    /// For a successor; gone once the process is to end.
+    listeners: RefCell<Vec<Group>>,
+    drain: watch::Sender<Drain>,
+    /// A successor is taking over: nothing may change any more.
+    is_suspended: watch::Sender<bool>,
+    is_listening: watch::Sender<bool>,
     outboxes: RefCell<Vec<Outbox>>,
     next_connection: Cell<u64>,
+}
+
+/// The files of the control socket's state.
+pub struct Paths {
+    /// The socket.
+    pub socket: PathBuf,
+    /// The route table.
+    pub routes: PathBuf,
+}
+
+/// What a line leads to.
+enum Outcome {
+    /// Nothing to say.
+    Silence,
+    /// An answer.
+    Answer(String),
+    /// A successor takes over.
+    HandOver,
 }
 
 struct Outbox {
@@ -46,21 +75,65 @@ fn now_s() -> u64 {
 
 impl Control {
     /// State for a table that `journal` has been read into.
-    pub fn new(table: Arc<Table>, metrics: Arc<Metrics>, journal: Journal, epoch: String) -> Rc<Self> {
+    pub fn new(
+        table: Arc<Table>,
+        metrics: Arc<Metrics>,
+        journal: Journal,
+        epoch: String,
+        paths: Paths,
+        drain: watch::Sender<Drain>,
+    ) -> Rc<Self> {
         Rc::new(Self {
             table,
             metrics,
             journal: RefCell::new(journal),
             epoch,
+            paths,
+            listeners: RefCell::default(),
+            drain,
+            is_suspended: watch::Sender::new(false),
+            is_listening: watch::Sender::new(true),
             outboxes: RefCell::default(),
             next_connection: Cell::new(0),
         })
     }
 
+    /// What a successor may ask for; nothing when the process is about to end.
+    pub fn offer(&self, listeners: Vec<Group>) {
+        self.listeners.replace(listeners);
+    }
+
     /// Serves connections for ever.
     pub async fn serve(self: Rc<Self>, listener: UnixListener) {
+        let mut listener = Some(listener);
+        let mut suspension = self.is_suspended.subscribe();
         loop {
-            match listener.accept().await {
+            if let Some(listener) = listener.take() {
+                self.is_listening.send_replace(true);
+                Rc::clone(&self).accept(listener).await;
+                self.is_listening.send_replace(false);
+            }
+            // The sender is our own.
+            let _ = suspension.wait_for(|is_suspended| !is_suspended).await;
+            match listen(&self.paths.socket) {
+                Ok(again) => listener = Some(again),
+                Err(error) => {
+                    crate::log::warning("control socket lost", &error);
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
+    }
+
+    /// Accepts connections until a successor wants to.
+    async fn accept(self: Rc<Self>, listener: UnixListener) {
+        let mut suspension = self.is_suspended.subscribe();
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                _ = suspension.wait_for(|is_suspended| *is_suspended) => return,
+            };
+            match accepted {
                 Ok((stream, _)) => {
                     let control = Rc::clone(&self);
                     tokio::task::spawn_local(async move { control.connection(stream).await });
@@ -79,6 +152,9 @@ impl Control {
         let mut forgotten_at = now_s();
         loop {
             interval.tick().await;
+            if *self.is_suspended.borrow() {
+                continue;
+            }
             self.report_activity();
             let is_due = now_s().saturating_sub(forgotten_at) >= 60;
             if is_due {
@@ -117,6 +193,8 @@ impl Control {
         let hello = json!({"t": "hello", "version": 1, "epoch": self.epoch, "sandboxes": self.table.sandboxes()});
         let (reader, mut writer) = stream.into_split();
         self.outboxes.borrow_mut().push(Outbox { connection, lines: lines.clone() });
+        let mut reader = BufReader::with_capacity(64 * 1024, reader);
+        let mut suspension = self.is_suspended.subscribe();
         let write = async {
             let mut line = hello.to_string();
             loop {
@@ -128,55 +206,119 @@ impl Control {
                 }
             }
         };
-        tokio::select! {
-            outcome = write => { if let Err(error) = outcome { crate::log::info("control connection lost", &error); } }
-            outcome = self.read(connection, reader, lines) => {
-                if let Err(error) = outcome { crate::log::warning("control connection closed", &error); }
+        let is_successor = tokio::select! {
+            biased;
+            _ = suspension.wait_for(|is_suspended| *is_suspended) => false,
+            outcome = write => {
+                if let Err(error) = outcome { crate::log::info("control connection lost", &error); }
+                false
             }
-        }
+            outcome = self.read(connection, &mut reader, lines) => outcome.unwrap_or_else(|error| {
+                crate::log::warning("control connection closed", &error);
+                false
+            }),
+        };
         self.outboxes.borrow_mut().retain(|outbox| outbox.connection != connection);
+        if is_successor
+            && !self.is_suspended.send_replace(true)
+            && let Err(error) = self.hand_over(reader).await
+        {
+            crate::log::warning("the successor did not take over", &error);
+            self.resume();
+        }
     }
 
+    /// Lets a successor have the listeners. An error means that it does not serve.
+    async fn hand_over(&self, mut successor: BufReader<OwnedReadHalf>) -> io::Result<()> {
+        // The successor is to find neither our socket nor a change that it would miss.
+        let _ = self.is_listening.subscribe().wait_for(|is_listening| !is_listening).await;
+        let listeners = self.listeners.take();
+        let sent = handover::send(successor.get_ref().as_ref(), &listeners).await;
+        self.listeners.replace(listeners);
+        sent?;
+        let mut line = Vec::new();
+        while read_line(&mut successor, &mut line).await? {
+            if matches!(serde_json::from_slice(&line), Ok(handover::Line::Done)) {
+                self.listeners.take();
+                self.drain.send_if_modified(|drain| {
+                    let is_first = *drain == Drain::No;
+                    if is_first {
+                        *drain = Drain::HandedOver;
+                    }
+                    is_first
+                });
+                return Ok(());
+            }
+        }
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
+
+    /// After a successor that came to nothing: the routes file may be its own by now.
+    fn resume(&self) {
+        match Journal::open(&self.paths.routes, &self.table, now_s()) {
+            Ok((journal, _)) => drop(self.journal.replace(journal)),
+            Err(error) => crate::log::warning("cannot read the routes file", &error),
+        }
+        self.is_suspended.send_replace(false);
+    }
+
+    /// Follows what the successor is told, for as long as connections of ours last: a revocation counts for them too.
+    pub async fn follow(self: Rc<Self>) {
+        let mut follower = Follower::new(&self.paths.routes);
+        loop {
+            if let Err(error) = follower.read(&self.table, now_s()) {
+                crate::log::warning("cannot follow the routes file", &error);
+            }
+            tokio::time::sleep(FOLLOW_INTERVAL).await;
+        }
+    }
+
+    /// Reads until the end, or until a successor asks to take over: then true.
     async fn read(
         &self,
         connection: u64,
-        reader: tokio::net::unix::OwnedReadHalf,
+        reader: &mut BufReader<OwnedReadHalf>,
         lines: mpsc::Sender<String>,
-    ) -> io::Result<()> {
-        let mut reader = BufReader::with_capacity(64 * 1024, reader);
+    ) -> io::Result<bool> {
         let mut sync = None;
         let mut line = Vec::new();
-        while read_line(&mut reader, &mut line).await? {
-            let Some(answer) = self.obey(connection, &line, &mut sync)? else { continue };
-            lines.send(answer).await.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+        while read_line(reader, &mut line).await? {
+            match self.obey(connection, &line, &mut sync)? {
+                Outcome::Silence => {}
+                Outcome::HandOver => return Ok(true),
+                Outcome::Answer(answer) => {
+                    lines.send(answer).await.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+                }
+            }
         }
-        Ok(())
+        Ok(false)
     }
 
-    /// Obeys one line; returns the answer, if one is due.
-    fn obey(&self, connection: u64, line: &[u8], sync: &mut Option<Seen>) -> io::Result<Option<String>> {
+    /// Obeys one line.
+    fn obey(&self, connection: u64, line: &[u8], sync: &mut Option<Seen>) -> io::Result<Outcome> {
         let text = std::str::from_utf8(line).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
         let Message { n, body } = match serde_json::from_str(text) {
             Ok(message) => message,
             Err(error) => {
                 let n = serde_json::from_str::<Value>(text).ok().and_then(|value| value.get("n").cloned());
-                return Ok(Some(refusal(n.as_ref(), &error.to_string())));
+                return Ok(Outcome::Answer(refusal(n.as_ref(), &error.to_string())));
             }
         };
         match body {
+            Body::HandOver => return Ok(Outcome::HandOver),
             Body::Poke { topic, seq } => {
                 self.poke(connection, &json!({"t": "poke", "topic": topic, "seq": seq}).to_string());
             }
             Body::Stats => {
                 let stats = json!({"t": "stats", "n": n, "connections": self.metrics.connections(),
                     "requests": self.metrics.requests(), "sandboxes": self.table.sandboxes()});
-                return Ok(Some(stats.to_string()));
+                return Ok(Outcome::Answer(stats.to_string()));
             }
             body => {
                 let is_sync_end = matches!(body, Body::SyncEnd { .. });
                 let is_sync_begin = matches!(body, Body::SyncBegin);
                 if let Err(reason) = message::apply(body, text, &self.table, sync, now_s()) {
-                    return Ok(Some(refusal(n.as_ref(), &reason)));
+                    return Ok(Outcome::Answer(refusal(n.as_ref(), &reason)));
                 }
                 if is_sync_end {
                     self.compact(true);
@@ -185,7 +327,7 @@ impl Control {
                 }
             }
         }
-        Ok(n.map(|n| json!({"t": "ack", "n": n}).to_string()))
+        Ok(n.map_or(Outcome::Silence, |n| Outcome::Answer(json!({"t": "ack", "n": n}).to_string())))
     }
 
     fn remember(&self, line: &str) {

@@ -4,8 +4,8 @@
 //! process, not the machine: after a reboot no sandbox is left anyway), and the file is rewritten once it has doubled.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::message::{self, Message};
@@ -56,6 +56,40 @@ impl Journal {
         if (is_due && has_grown) || self.bytes > REWRITE_BYTES_MIN.max(2 * self.bytes_after_rewrite) {
             (self.file, self.bytes) = rewrite(&self.path, table)?;
             self.bytes_after_rewrite = self.bytes;
+        }
+        Ok(())
+    }
+}
+
+/// A reader of a file that another process keeps.
+pub struct Follower {
+    path: PathBuf,
+    inode: u64,
+    offset: u64,
+}
+
+impl Follower {
+    /// Of the file at `path`, from its beginning.
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.to_owned(), inode: 0, offset: 0 }
+    }
+
+    /// Applies what has been written since the last time. Reading a message twice changes nothing.
+    pub fn read(&mut self, table: &Table, now: u64) -> io::Result<()> {
+        let mut file = File::open(&self.path)?;
+        let inode = file.metadata()?.ino();
+        if inode != self.inode {
+            (self.inode, self.offset) = (inode, 0);
+        }
+        file.seek(SeekFrom::Start(self.offset))?;
+        let mut reader = BufReader::new(file);
+        let mut line = Vec::new();
+        // A line without its end is still being written.
+        while reader.read_until(b'\n', &mut line)? > 0 && line.ends_with(b"\n") {
+            self.offset += line.len() as u64;
+            // One that cannot be read is the other process's to report.
+            replay(&line[..line.len() - 1], table, now);
+            line.clear();
         }
         Ok(())
     }

@@ -73,6 +73,8 @@ pub enum Body {
     },
     /// Asks for figures.
     Stats,
+    /// A successor asks for the listeners.
+    HandOver,
 }
 
 /// A sandbox as pushed.
@@ -217,7 +219,7 @@ pub fn apply(body: Body, line: &str, table: &Table, sync: &mut Option<Seen>, now
             Some(seen) => table.retain(v, &seen, now),
             None => return Err("sync_end without sync_begin".into()),
         },
-        Body::Poke { .. } | Body::Stats => return Ok(false),
+        Body::Poke { .. } | Body::Stats | Body::HandOver => return Ok(false),
     }
     Ok(true)
 }

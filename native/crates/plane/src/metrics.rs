@@ -52,6 +52,12 @@ pub struct Counters {
     pub accepted: Count,
     /// Connections open.
     pub connections: Count,
+    /// TLS connections established, and those that failed before they were.
+    pub tls_handshakes: Count,
+    /// See there.
+    pub tls_failures: Count,
+    /// Connections that speak HTTP/2.
+    pub http2_connections: Count,
     /// Upgraded connections open.
     pub tunnels: Count,
     /// Bytes from clients to upstreams, heads left out.
@@ -142,6 +148,9 @@ impl Metrics {
         };
         one("connections_total", "counter", "Connections accepted.", self.sum(|w| &w.accepted));
         one("connections", "gauge", "Connections open.", self.connections());
+        one("tls_handshakes_total", "counter", "TLS connections established.", self.sum(|w| &w.tls_handshakes));
+        one("tls_failures_total", "counter", "TLS connections that failed before.", self.sum(|w| &w.tls_failures));
+        one("http2_connections_total", "counter", "Connections by HTTP/2.", self.sum(|w| &w.http2_connections));
         one("tunnels", "gauge", "Upgraded connections open.", self.sum(|w| &w.tunnels));
         one("upload_bytes_total", "counter", "Body bytes from clients to upstreams.", self.sum(|w| &w.bytes_up));
         one("download_bytes_total", "counter", "Body bytes from upstreams to clients.", self.sum(|w| &w.bytes_down));

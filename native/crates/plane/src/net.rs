@@ -132,7 +132,8 @@ impl AsyncWrite for Upstream {
     }
 }
 
-/// Writes `head` and `body`, with one call if it takes them. `on_progress` is told of every call that took some.
+/// Writes `head` and `body`, with one call if it takes them, and flushes what the writer keeps back (a TLS stream does;
+/// a socket never). `on_progress` is told of every call that took some.
 pub async fn write_both<W: AsyncWrite + Unpin>(
     writer: &mut W,
     head: &[u8],
@@ -157,7 +158,7 @@ pub async fn write_both<W: AsyncWrite + Unpin>(
             head = &head[of_head..];
             body = &body[count - of_head..];
         }
-        Poll::Ready(Ok(()))
+        Pin::new(&mut *writer).poll_flush(cx)
     })
     .await
 }

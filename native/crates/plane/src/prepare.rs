@@ -19,6 +19,9 @@ use crate::pool::Target;
 use crate::table::{Found, Live, Sandbox, State};
 use crate::worker::Worker;
 
+/// The port that an `https` address need not name.
+const HTTPS_PORT: u16 = 443;
+
 /// What to do with a request.
 pub enum Plan {
     /// Pass it on.
@@ -43,8 +46,13 @@ pub struct Answer {
 pub enum AnswerKind {
     /// That the request failed.
     Failure(Failure),
-    /// The redirect that trades a token in the address for a cookie: a whole response.
-    Redirect(Vec<u8>),
+    /// A redirect: the whole response.
+    Redirect {
+        /// Its status.
+        status: u16,
+        /// All of its bytes; it has no body.
+        head: Vec<u8>,
+    },
 }
 
 /// A request to be passed on.
@@ -109,6 +117,15 @@ pub fn prepare(worker: &Worker, peer: &Peer, head: &[u8], fields: &mut Vec<Field
     let name = HostName::parse(&head[request.host.clone()])
         .map_err(|_| Failure { code: Code::BadRequest, detail: Some("The Host header does not hold a host name.") })?;
     let draft = Draft { worker, peer, head, fields, request: &request };
+    if let Some(port) = worker.config.https_redirect.filter(|_| !peer.is_secure()) {
+        let kind = AnswerKind::Redirect { status: 308, head: draft.to_https(name.as_str(), port) };
+        return Ok(Plan::Answer(Answer {
+            class: Class::None,
+            kind,
+            audience: draft.audience(),
+            framing: request.framing,
+        }));
+    }
     let (class, outcome) = match host::classify(name.as_str(), &worker.config.domain) {
         host::Target::Api => (Class::Api, Ok(draft.to_api())),
         host::Target::Reserved => (Class::Preview, Err(AnswerKind::Failure(Code::PreviewUnknown.into()))),
@@ -175,7 +192,7 @@ impl Draft<'_> {
             return Err(failure(Code::SandboxStarting));
         }
         if let Some(redirect) = self.redirect(&credentials, &admission) {
-            return Err(AnswerKind::Redirect(redirect));
+            return Err(AnswerKind::Redirect { status: 303, head: redirect });
         }
         let slot = Slot::take(&sandbox, self.worker.config.limits.sandbox_connections_max)
             .ok_or_else(|| failure(Code::TooManyConnections))?;
@@ -208,6 +225,23 @@ impl Draft<'_> {
         }
     }
 
+    /// The same address at the TLS listener.
+    fn to_https(&self, host: &str, port: u16) -> Vec<u8> {
+        let mut out = Vec::with_capacity(256);
+        out.extend_from_slice(b"HTTP/1.1 308 Permanent Redirect\r\nLocation: https://");
+        out.extend_from_slice(host.as_bytes());
+        if port != HTTPS_PORT {
+            out.extend_from_slice(format!(":{port}").as_bytes());
+        }
+        out.extend_from_slice(if self.target() == b"*" { b"/" } else { self.target() });
+        out.extend_from_slice(b"\r\nContent-Length: 0\r\n");
+        if !self.request.is_keep_alive {
+            out.extend_from_slice(b"Connection: close\r\n");
+        }
+        out.extend_from_slice(b"\r\n");
+        out
+    }
+
     /// A browser that opened a link with a token keeps the token in a cookie, and its address bar, history and
     /// referrers stay clean.
     fn redirect(&self, credentials: &Credentials, admission: &Admission) -> Option<Vec<u8>> {
@@ -232,7 +266,11 @@ impl Draft<'_> {
         }
         // A frame on somebody else's page gets its cookie only as SameSite=None, which browsers tie to Secure.
         let is_framed = self.value_of(Name::SecFetchDest).is_some_and(|dest| dest == b"iframe");
-        let same_site: &[u8] = if is_framed { b"; SameSite=None; Secure; Partitioned" } else { b"; SameSite=Lax" };
+        let same_site: &[u8] = match (is_framed, self.peer.is_secure()) {
+            (true, _) => b"; SameSite=None; Secure; Partitioned",
+            (false, true) => b"; SameSite=Lax; Secure",
+            (false, false) => b"; SameSite=Lax",
+        };
         out.extend_from_slice(b"; HttpOnly");
         out.extend_from_slice(same_site);
         out.extend_from_slice(b"\r\nCache-Control: no-store\r\nReferrer-Policy: no-referrer\r\nContent-Length: 0\r\n");

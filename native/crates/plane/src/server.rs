@@ -8,22 +8,31 @@ use std::time::Duration;
 
 use serde_json::json;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
 
 use crate::access_log::AccessLog;
 use crate::admin::{self, Admin};
 use crate::config::Config;
-use crate::control::{self, Control};
+use crate::control::{self, Control, Paths};
+use crate::handover::{self, Kind, Predecessor};
 use crate::journal::Journal;
 use crate::metrics::Metrics;
 use crate::table::Table;
-use crate::worker::{self, Shared, wall_clock_s};
+use crate::tls::Certificates;
+use crate::worker::{self, Drain, Listener, Shared, wall_clock_s};
 
 /// Connections the kernel queues per listener.
 const BACKLOG: i32 = 4096;
 /// A dead peer of a silent connection is noticed after this long (plus the kernel's probes).
 const KEEPALIVE: Duration = Duration::from_secs(60);
+/// How often the directory of certificates is looked at.
+const RENEWAL_INTERVAL: Duration = Duration::from_secs(1);
+
+/// One address's sockets, one per worker.
+type Group = Vec<TcpListener>;
 
 /// Runs the plane until a signal has ended it. Must be called on the main thread before others exist.
 pub fn run(config: Config) -> io::Result<()> {
@@ -33,37 +42,76 @@ pub fn run(config: Config) -> io::Result<()> {
     raise_descriptor_limit();
     let config = Arc::new(normalised(config));
     let workers = config.worker_count();
+    // Before the routes file is read: until then the predecessor may write to it.
+    let mut predecessor = if config.take_over { Predecessor::find(&config.control_socket)? } else { None };
     let table = Arc::new(Table::default());
     let metrics = Arc::new(Metrics::new(workers));
     let (journal, bad_lines) = Journal::open(&config.routes_path(), &table, wall_clock_s() as u64)?;
     if bad_lines > 0 {
         crate::log::warning("lines of the routes file were unreadable", &bad_lines);
     }
-    let (begin_drain, drain) = watch::channel(false);
+    let (begin_drain, drain) = watch::channel(Drain::No);
     let shared = Shared { config: Arc::clone(&config), table: Arc::clone(&table), census: Arc::default(), drain };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = tokio::task::LocalSet::new();
-    runtime.block_on(local.run_until(async {
+    let is_handed_over = runtime.block_on(local.run_until(async {
         let control_listener = control::listen(&config.control_socket)?;
-        let admin_listener = config.admin_listen.map(admin::listen).transpose()?;
-        let listeners =
-            config.listen.iter().map(|&address| listen(address, workers)).collect::<io::Result<Vec<_>>>()?;
-        announce(&listeners, admin_listener.as_ref())?;
-        let threads = start_workers(&shared, &metrics, listeners)?;
-        let control = Control::new(Arc::clone(&table), Arc::clone(&metrics), journal, epoch());
-        tokio::task::spawn_local(Rc::clone(&control).serve(control_listener));
-        tokio::task::spawn_local(control.housekeeping());
-        if let Some(listener) = admin_listener {
-            let admin = Rc::new(Admin { table, metrics, api_socket: config.api_socket.clone() });
-            tokio::task::spawn_local(admin.serve(tokio::net::TcpListener::from_std(listener)?));
+        let admin_listener = match config.admin_listen {
+            Some(address) => Some(listen_for_admin(address, predecessor.as_mut())?),
+            None => None,
+        };
+        let mut listen_on = |kind: Kind, addresses: &[SocketAddr]| {
+            let listen = |&address: &SocketAddr| listen(kind, address, workers, predecessor.as_mut());
+            addresses.iter().map(listen).collect::<io::Result<Vec<_>>>()
+        };
+        let listeners = listen_on(Kind::Plain, &config.listen)?;
+        let tls_listeners = listen_on(Kind::Tls, &config.tls_listen)?;
+        let offer = offer(&listeners, &tls_listeners, admin_listener.as_ref())?;
+        let certificates = config.tls_dir.as_deref().map(Certificates::open).transpose()?;
+        announce(&listeners, &tls_listeners, admin_listener.as_ref())?;
+        let threads = start_workers(&shared, &metrics, with_tls(listeners, tls_listeners, certificates.as_ref())?)?;
+        if let Some(certificates) = certificates {
+            tokio::task::spawn_local(renew(certificates, signal(SignalKind::hangup())?));
         }
-        wait_for_signal().await?;
+        let paths = Paths { socket: config.control_socket.clone(), routes: config.routes_path() };
+        let control =
+            Control::new(Arc::clone(&table), Arc::clone(&metrics), journal, epoch(), paths, begin_drain.clone());
+        control.offer(offer);
+        tokio::task::spawn_local(Rc::clone(&control).serve(control_listener));
+        tokio::task::spawn_local(Rc::clone(&control).housekeeping());
+        let admin = match admin_listener {
+            Some(listener) => {
+                let admin = Rc::new(Admin { table, metrics, api_socket: config.api_socket.clone() });
+                Some(tokio::task::spawn_local(admin.serve(tokio::net::TcpListener::from_std(listener)?)))
+            }
+            None => None,
+        };
+        if let Some(predecessor) = predecessor {
+            // One that has died in the meantime needs not be told.
+            predecessor.dismiss().unwrap_or_else(|error| crate::log::warning("no predecessor any more", &error));
+        }
+        let mut signals = Signals::new()?;
+        let mut handed_over = begin_drain.subscribe();
+        tokio::select! {
+            () = signals.next() => {
+                control.offer(Vec::new());
+                begin_drain.send_replace(Drain::Stop);
+            }
+            // The sender is here: this ends with a hand-over only.
+            _ = handed_over.wait_for(|drain| *drain == Drain::HandedOver) => {
+                if let Some(admin) = admin {
+                    admin.abort();
+                }
+                tokio::task::spawn_local(Rc::clone(&control).follow());
+            }
+        }
         crate::log::info("draining", &format_args!("at most {} s", config.limits.drain_timeout_s));
-        begin_drain.send_replace(true);
-        wait_for(threads).await
+        Ok::<_, io::Error>(wait_for(threads, &begin_drain, &mut signals).await)
     }))?;
-    // A successor may already have replaced it; an error changes nothing.
-    let _ = std::fs::remove_file(&config.control_socket);
+    if !is_handed_over {
+        // It may be gone already; an error changes nothing.
+        let _ = std::fs::remove_file(&config.control_socket);
+    }
     Ok(())
 }
 
@@ -80,27 +128,61 @@ fn epoch() -> String {
 }
 
 /// Tells the supervisor where we listen: one JSON line on standard output.
-fn announce(listeners: &[Vec<TcpListener>], admin: Option<&TcpListener>) -> io::Result<()> {
-    let addresses =
-        listeners.iter().map(|group| Ok(group[0].local_addr()?.to_string())).collect::<io::Result<Vec<_>>>()?;
+fn announce(plain: &[Group], tls: &[Group], admin: Option<&TcpListener>) -> io::Result<()> {
+    let addresses = |listeners: &[Group]| {
+        listeners.iter().map(|group| Ok(group[0].local_addr()?.to_string())).collect::<io::Result<Vec<_>>>()
+    };
     let admin = admin.map(TcpListener::local_addr).transpose()?.map(|address| address.to_string());
-    println!("{}", json!({"event": "listening", "listen": addresses, "admin": admin}));
+    println!(
+        "{}",
+        json!({"event": "listening", "listen": addresses(plain)?, "tls_listen": addresses(tls)?, "admin": admin})
+    );
     Ok(())
 }
 
+/// What a successor may have.
+fn offer(plain: &[Group], tls: &[Group], admin: Option<&TcpListener>) -> io::Result<Vec<handover::Group>> {
+    let copies = |kind: Kind, groups: &[Group]| {
+        groups.iter().map(|group| handover::Group::copy(kind, group)).collect::<io::Result<Vec<_>>>()
+    };
+    let mut all = copies(Kind::Plain, plain)?;
+    all.extend(copies(Kind::Tls, tls)?);
+    if let Some(admin) = admin {
+        all.push(handover::Group::copy(Kind::Admin, std::slice::from_ref(admin))?);
+    }
+    Ok(all)
+}
+
+fn listen_for_admin(address: SocketAddr, predecessor: Option<&mut Predecessor>) -> io::Result<TcpListener> {
+    let inherited = predecessor.and_then(|found| found.take(Kind::Admin, address));
+    inherited.and_then(|mut group| group.sockets.pop()).map_or_else(|| admin::listen(address), Ok)
+}
+
+/// Listeners on one address, at least one per worker: the predecessor's, or else new ones.
+fn listen(kind: Kind, address: SocketAddr, count: usize, predecessor: Option<&mut Predecessor>) -> io::Result<Group> {
+    let Some(inherited) = predecessor.and_then(|found| found.take(kind, address)) else {
+        return open_all(address, count);
+    };
+    let mut sockets = inherited.sockets;
+    while sockets.len() < count {
+        sockets.push(open_listening(inherited.address)?);
+    }
+    Ok(sockets)
+}
+
+fn open_listening(address: SocketAddr) -> io::Result<TcpListener> {
+    let listener = open(address, true)?;
+    socket2::SockRef::from(&listener).listen(BACKLOG)?;
+    Ok(listener)
+}
+
 /// One listener per worker on the same address; the kernel spreads connections over them.
-fn listen(address: SocketAddr, count: usize) -> io::Result<Vec<TcpListener>> {
+fn open_all(address: SocketAddr, count: usize) -> io::Result<Group> {
     // SO_REUSEPORT would let two planes share a port unnoticed. A bind without it fails if anybody is there.
     let probe = open(address, false)?;
     let address = probe.local_addr()?;
     drop(probe);
-    (0..count)
-        .map(|_| {
-            let listener = open(address, true)?;
-            socket2::SockRef::from(&listener).listen(BACKLOG)?;
-            Ok(listener)
-        })
-        .collect()
+    (0..count).map(|_| open_listening(address)).collect()
 }
 
 /// Options are inherited by accepted connections, which saves calls on each.
@@ -116,14 +198,37 @@ fn open(address: SocketAddr, is_shared: bool) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
+/// Says how each listener is served.
+fn with_tls(plain: Vec<Group>, tls: Vec<Group>, certificates: Option<&Certificates>) -> io::Result<Vec<Vec<Listener>>> {
+    let config = certificates.map(Certificates::server_config).transpose()?;
+    let acceptor = config.map(|config| TlsAcceptor::from(Arc::new(config)));
+    let served = |group: Group, acceptor: Option<&TlsAcceptor>| {
+        group.into_iter().map(|socket| Listener { socket, acceptor: acceptor.cloned() }).collect()
+    };
+    let plain = plain.into_iter().map(|group| served(group, None));
+    Ok(plain.chain(tls.into_iter().map(|group| served(group, acceptor.as_ref()))).collect())
+}
+
+/// Follows the directory of certificates, for ever.
+async fn renew(mut certificates: Certificates, mut hangup: Signal) {
+    loop {
+        // A signal that cannot come any more leaves the interval.
+        let _ = timeout(RENEWAL_INTERVAL, hangup.recv()).await;
+        if let Err(error) = certificates.refresh() {
+            crate::log::warning("cannot read the certificates", &error);
+        }
+    }
+}
+
 type Threads = Vec<std::thread::JoinHandle<()>>;
 
-fn start_workers(shared: &Shared, metrics: &Metrics, listeners: Vec<Vec<TcpListener>>) -> io::Result<Threads> {
+fn start_workers(shared: &Shared, metrics: &Metrics, listeners: Vec<Vec<Listener>>) -> io::Result<Threads> {
     let workers = shared.config.worker_count();
-    let mut by_worker: Vec<Vec<TcpListener>> = (0..workers).map(|_| Vec::new()).collect();
+    let mut by_worker: Vec<Vec<Listener>> = (0..workers).map(|_| Vec::new()).collect();
     for group in listeners {
-        for (own, listener) in by_worker.iter_mut().zip(group) {
-            own.push(listener);
+        // A predecessor may have had more workers; each of its sockets needs somebody who accepts.
+        for (index, listener) in group.into_iter().enumerate() {
+            by_worker[index % workers].push(listener);
         }
     }
     by_worker
@@ -139,27 +244,46 @@ fn start_workers(shared: &Shared, metrics: &Metrics, listeners: Vec<Vec<TcpListe
         .collect()
 }
 
-async fn wait_for_signal() -> io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    Ok(())
+/// The signals that end the process. One that comes while nobody waits is not lost.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
 }
 
-/// Waits until the workers are done; a second signal ends the wait.
-async fn wait_for(threads: Threads) -> io::Result<()> {
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Waits until the workers are done; a second signal ends the wait. Returns whether a successor serves.
+async fn wait_for(threads: Threads, drain: &watch::Sender<Drain>, signals: &mut Signals) -> bool {
     let done = async {
         while threads.iter().any(|thread| !thread.is_finished()) {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    tokio::select! {
-        () = done => Ok(()),
-        outcome = wait_for_signal() => outcome,
+    let is_handed_over = *drain.borrow() == Drain::HandedOver;
+    tokio::pin!(done);
+    if is_handed_over {
+        tokio::select! {
+            () = &mut done => return true,
+            () = signals.next() => {}
+        }
+        drain.send_replace(Drain::Stop);
     }
+    tokio::select! {
+        () = done => {}
+        () = signals.next() => {}
+    }
+    is_handed_over
 }
 
 fn die_with_parent() -> io::Result<()> {

@@ -9,6 +9,7 @@ use std::rc::Rc;
 use std::task::{Poll, Waker};
 
 use crate::admit::Admission;
+use crate::worker::Drain;
 
 /// Time between two sweeps; also the precision of every time-out.
 pub const SWEEP_MS: u64 = 250;
@@ -89,6 +90,8 @@ pub struct Watch {
     pub down: Deadline,
     /// Whether the first byte of a response has been sent.
     pub is_answering: Cell<bool>,
+    /// The protocol can tell the client that the connection ends, before it does.
+    pub can_be_told: Cell<bool>,
     /// What lets the current request in.
     pub admission: RefCell<Option<Admission>>,
     end: Cell<Option<End>>,
@@ -119,7 +122,7 @@ impl Watch {
     }
 
     /// Looks at this connection once.
-    pub fn sweep(&self, now_ms: u64, is_draining: bool, is_admitted: impl FnOnce(&Admission) -> bool) {
+    pub fn sweep(&self, now_ms: u64, drain: Drain, is_admitted: impl FnOnce(&Admission) -> bool) {
         for deadline in [&self.up, &self.down] {
             if deadline.at_ms.get() <= now_ms {
                 let phase = deadline.phase();
@@ -127,7 +130,8 @@ impl Watch {
                 return self.finish(End::Timeout(phase));
             }
         }
-        if is_draining && self.up.phase() == Phase::Idle {
+        let is_due = drain == Drain::Stop || (drain == Drain::HandedOver && self.can_be_told.get());
+        if is_due && self.up.phase() == Phase::Idle {
             self.finish(End::Drain);
         } else if let Some(admission) = &*self.admission.borrow()
             && !is_admitted(admission)

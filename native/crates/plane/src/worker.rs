@@ -12,15 +12,20 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::LocalSet;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
 
 use crate::access_log::AccessLog;
-use crate::config::{Config, ms};
+use crate::compose::{HTTP, HTTPS, Peer};
+use crate::config::{Config, duration, ms};
 use crate::connection;
 use crate::http::fields::Field;
+use crate::http2;
 use crate::metrics::Counters;
 use crate::pool::Pool;
 use crate::table::Table;
-use crate::watch::{SWEEP_MS, Watches};
+use crate::tls;
+use crate::watch::{SWEEP_MS, Watch, Watches};
 
 /// After an accept that failed for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -67,6 +72,26 @@ impl Drop for Seat {
     }
 }
 
+/// A listening socket.
+pub struct Listener {
+    /// The socket.
+    pub socket: std::net::TcpListener,
+    /// For TLS: how to shake hands.
+    pub acceptor: Option<TlsAcceptor>,
+}
+
+/// How the process is going to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drain {
+    /// Not yet.
+    No,
+    /// A successor has the listeners. Idle connections are kept until their next request, or they could be closed just
+    /// as the client sends one.
+    HandedOver,
+    /// As soon as the requests in flight are answered.
+    Stop,
+}
+
 /// What every worker is given.
 #[derive(Clone)]
 pub struct Shared {
@@ -76,8 +101,8 @@ pub struct Shared {
     pub table: Arc<Table>,
     /// Connection counts.
     pub census: Arc<Census>,
-    /// Turns true when the process is to stop.
-    pub drain: watch::Receiver<bool>,
+    /// Whether the process is to stop.
+    pub drain: watch::Receiver<Drain>,
 }
 
 /// What the connections of one worker share.
@@ -96,7 +121,8 @@ pub struct Worker {
     pub fields: RefCell<Vec<Field>>,
     /// Where requests are noted, if anywhere.
     pub access_log: Option<RefCell<AccessLog>>,
-    watches: Watches,
+    /// Everything that the sweep looks at.
+    pub watches: Watches,
     started: Instant,
     now_ms: Cell<u64>,
     wall_s: Cell<f64>,
@@ -140,12 +166,7 @@ pub fn wall_clock_s() -> f64 {
 }
 
 /// Runs a worker until the drain is over. The thread calling it does nothing else.
-pub fn run(
-    shared: Shared,
-    counters: Arc<Counters>,
-    listeners: Vec<std::net::TcpListener>,
-    access_log: Option<AccessLog>,
-) {
+pub fn run(shared: Shared, counters: Arc<Counters>, listeners: Vec<Listener>, access_log: Option<AccessLog>) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -178,9 +199,9 @@ pub fn run(
 }
 
 /// Waits for the drain and then for the last connection, bounded by the drain's time-out.
-async fn finish(worker: Rc<Worker>, mut drain: watch::Receiver<bool>) {
+async fn finish(worker: Rc<Worker>, mut drain: watch::Receiver<Drain>) {
     // An error means that the sender is gone: the process is ending without ceremony.
-    let _ = drain.wait_for(|is_draining| *is_draining).await;
+    let _ = drain.wait_for(|drain| *drain != Drain::No).await;
     worker.is_draining.set(true);
     let deadline = Instant::now() + crate::config::duration(worker.config.limits.drain_timeout_s);
     while worker.counters.has_connections() && Instant::now() < deadline {
@@ -191,13 +212,9 @@ async fn finish(worker: Rc<Worker>, mut drain: watch::Receiver<bool>) {
     }
 }
 
-async fn accept(
-    worker: Rc<Worker>,
-    census: Arc<Census>,
-    listener: std::net::TcpListener,
-    mut drain: watch::Receiver<bool>,
-) {
-    let listener = match TcpListener::from_std(listener) {
+async fn accept(worker: Rc<Worker>, census: Arc<Census>, listener: Listener, mut drain: watch::Receiver<Drain>) {
+    let Listener { socket, acceptor } = listener;
+    let listener = match TcpListener::from_std(socket) {
         Ok(listener) => listener,
         Err(error) => crate::log::fatal("cannot use a listener", &error),
     };
@@ -205,10 +222,10 @@ async fn accept(
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             // Closes the listener: the kernel sends no more connections here.
-            _ = drain.wait_for(|is_draining| *is_draining) => return,
+            _ = drain.wait_for(|drain| *drain != Drain::No) => return,
         };
         match accepted {
-            Ok((stream, peer)) => start(&worker, &census, stream, peer),
+            Ok((stream, peer)) => start(&worker, &census, stream, peer, acceptor.as_ref()),
             // The connection broke before it was accepted.
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
@@ -219,25 +236,51 @@ async fn accept(
     }
 }
 
-fn start(worker: &Rc<Worker>, census: &Arc<Census>, stream: TcpStream, peer: SocketAddr) {
+fn start(
+    worker: &Rc<Worker>,
+    census: &Arc<Census>,
+    stream: TcpStream,
+    peer: SocketAddr,
+    acceptor: Option<&TlsAcceptor>,
+) {
     let client = peer.ip().to_canonical();
     let seat = census.enter(client, &worker.config);
     worker.counters.accepted.add(1);
     worker.counters.connections.add(1);
     let worker = Rc::clone(worker);
     let watch = worker.watches.add();
+    let acceptor = acceptor.cloned();
     tokio::task::spawn_local(async move {
-        match &seat {
-            Some(_) => connection::serve(&worker, &watch, stream, client).await,
-            None => connection::turn_away(&worker, stream).await,
+        match (&seat, acceptor) {
+            (Some(_), None) => connection::serve(&worker, &watch, stream, Peer::new(client, HTTP)).await,
+            // In a box: a plain connection, of which there may be very many, need not have room for one of TLS.
+            (Some(_), Some(acceptor)) => Box::pin(serve_tls(&worker, &watch, &acceptor, stream, client)).await,
+            (None, None) => connection::turn_away(&worker, stream).await,
+            // A handshake is the expensive part: none for a connection too many.
+            (None, Some(_)) => {}
         }
         worker.counters.connections.sub(1);
         drop(seat);
     });
 }
 
+/// Shakes hands, then serves what the client has chosen to speak.
+async fn serve_tls(worker: &Rc<Worker>, watch: &Rc<Watch>, acceptor: &TlsAcceptor, stream: TcpStream, client: IpAddr) {
+    let handshake = timeout(duration(worker.config.limits.head_timeout_s), acceptor.accept(stream));
+    let Ok(Ok(stream)) = handshake.await else {
+        worker.counters.tls_failures.add(1);
+        return;
+    };
+    worker.counters.tls_handshakes.add(1);
+    if stream.get_ref().1.alpn_protocol() == Some(tls::ALPN_HTTP2) {
+        http2::serve(worker, watch, stream, client).await;
+    } else {
+        connection::serve(worker, watch, stream, Peer::new(client, HTTPS)).await;
+    }
+}
+
 /// Keeps the clock and looks at every connection, [`SWEEP_MS`] apart.
-async fn sweep(worker: Rc<Worker>, drain: watch::Receiver<bool>) {
+async fn sweep(worker: Rc<Worker>, drain: watch::Receiver<Drain>) {
     let mut interval = tokio::time::interval(Duration::from_millis(SWEEP_MS));
     let mut generation = worker.table.generation();
     let mut expiries_due_ms = 0;
@@ -245,7 +288,7 @@ async fn sweep(worker: Rc<Worker>, drain: watch::Receiver<bool>) {
         interval.tick().await;
         worker.tick();
         let now_ms = worker.now_ms();
-        let is_draining = *drain.borrow();
+        let drain = *drain.borrow();
         let is_due = generation != worker.table.generation() || now_ms >= expiries_due_ms;
         if is_due {
             generation = worker.table.generation();
@@ -253,7 +296,7 @@ async fn sweep(worker: Rc<Worker>, drain: watch::Receiver<bool>) {
         }
         let wall_s = worker.wall_s();
         worker.watches.sweep(|watch| {
-            watch.sweep(now_ms, is_draining, |admission| !is_due || admission.holds(&worker.table, wall_s));
+            watch.sweep(now_ms, drain, |admission| !is_due || admission.holds(&worker.table, wall_s));
         });
         worker.pool.sweep(now_ms.saturating_sub(ms(worker.config.limits.upstream_idle_timeout_s)));
         if let Some(log) = &worker.access_log {

@@ -143,3 +143,15 @@ fn tokens_are_cut_out_of_targets() {
         assert_eq!(String::from_utf8_lossy(&out), expected, "{target}");
     }
 }
+
+#[test]
+fn an_upgrade_that_connection_names_beside_other_fields_stays_one() {
+    let head = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: x-a, Upgrade\r\nX-A: 1\r\nUpgrade: websocket\r\n\r\n";
+    let mut fields = Vec::new();
+    let parsed = request::parse(head, &mut fields).unwrap();
+    let mut sent = Vec::new();
+    let peer = Peer::new([127, 0, 0, 1].into(), compose::HTTP);
+    compose::request(&mut sent, head, &fields, &parsed, None, &peer);
+    assert!(request::parse(&sent, &mut fields).unwrap().is_upgrade);
+    assert!(!String::from_utf8(sent).unwrap().contains("X-A"));
+}

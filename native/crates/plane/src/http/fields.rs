@@ -264,8 +264,12 @@ impl ConnectionFields {
     }
 }
 
-/// Whether a `Connection` field of this head names `field`.
+/// Whether a `Connection` field of this head names `field`, which is therefore for this hop only. `Upgrade` always is
+/// and has rules of its own.
 pub fn is_named_by_connection(head: &[u8], fields: &[Field], field: &Field) -> bool {
+    if field.name == Name::Upgrade {
+        return false;
+    }
     let name = field.name(head);
     fields
         .iter()

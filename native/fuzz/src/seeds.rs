@@ -1,0 +1,98 @@
+//! Inputs that reach deep into the parsers, and the words they are made of.
+
+/// Request heads.
+pub const REQUESTS: &[&[u8]] = &[
+    b"GET / HTTP/1.1\r\nHost: 3000-demo.sandbox.localhost\r\n\r\n",
+    b"POST /a?mt=mp_1&b HTTP/1.1\r\nHost: a\r\nContent-Length: 12\r\nCookie: a=b; sandgate_preview=x\r\n\r\n",
+    b"PUT http://a/ HTTP/1.0\r\nhost: a\r\nConnection: keep-alive, x-a\r\nX-A: 1\r\nX-Forwarded-For: 1.2.3.4\r\n\r\n",
+    b"GET /ws HTTP/1.1\r\nHost: a:80\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nReferer: http://a/?mt=mp_1\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: [::1]\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue\r\nTE: trailers\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\nHost: a\r\nX-API-Key: msk_live_1\r\nAuthorization: Bearer msk_live_1\r\n\r\n",
+];
+
+/// Response heads.
+pub const RESPONSES: &[&[u8]] = &[
+    b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nSet-Cookie: a=b; Domain=x; Path=/\r\n\r\n",
+    b"HTTP/1.0 204 No Content\r\nConnection: close, x-a\r\nX-A: 1\r\n\r\n",
+    b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+    b"HTTP/1.1 200\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum\r\n\r\n",
+];
+
+/// Chunked bodies, each after a byte that says where it is cut.
+pub const BODIES: &[&[u8]] = &[
+    b"\x00\x035\r\nhello\r\n0\r\n\r\n",
+    b"\x001;a=b\r\nx\r\nfF\r\n",
+    b"\x020\r\nX-Sum: 1\r\nX-B: 2\r\n\r\nGET / HTTP/1.1\r\n",
+    b"\x0a00000000000000a\r\n0123456789\r\n0\r\n\r\n",
+];
+
+/// `Host` headers.
+pub const HOSTS: &[&[u8]] = &[
+    b"3000-demo.sandbox.localhost:8080",
+    b"sbx-0123abcd-3000.preview.localhost.",
+    b"API.localhost",
+    b"[::1]:80",
+    b"65535-01234567-89ab-cdef-0123-456789abcdef.sandbox.a.b",
+];
+
+/// Control lines.
+pub const CONTROLS: &[&[u8]] = &[
+    br#"{"t":"sandbox","v":1,"id":"01234567-89ab-cdef-0123-456789abcdef","slug":"demo","owner":"w","address":"10.0.0.1","state":"running","ports":{"3000":{"preview_id":"p","visibility":"public","shares":[]}},"tokens":[],"n":1}"#,
+    br#"{"t":"sandbox_gone","v":2,"id":"01234567-89ab-cdef-0123-456789abcdef"}"#,
+    br#"{"t":"key","v":3,"hash":"00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff","owner":"w","expires_at":null}"#,
+    b"{\"t\":\"sync_begin\"}\n{\"t\":\"sync_end\",\"v\":9}",
+    br#"{"t":"poke","topic":"events","seq":7}"#,
+];
+
+/// Frames, each after a byte that says where they are cut.
+pub const FRAMES: &[&[u8]] = &[
+    b"\x05\x02\0\0\0\x02\0\0\0\x01\0\0\0{}",
+    b"\x01\x09\0\0\0\x05\x01\0\0\x01\0\0\0\0\0\0\0\0\0\0\0x\x08\0\0\0\x06\x01\0\0\x01\0\0\0\x01\0\0\0\0\0\0\0",
+];
+
+/// What mutations put in.
+pub const WORDS: &[&[u8]] = &[
+    b"\r\n",
+    b"\n",
+    b"\r",
+    b"\0",
+    b" ",
+    b"\t",
+    b":",
+    b",",
+    b";",
+    b"=",
+    b"/",
+    b"//",
+    b"..",
+    b"%2f",
+    b"?",
+    b"#",
+    b"\x7f",
+    b"\xff",
+    b"0",
+    b"-1",
+    b"+5",
+    b"0x5",
+    b"18446744073709551616",
+    b"chunked",
+    b"Chunked, identity",
+    b"HTTP/1.1",
+    b"HTTP/1.0",
+    b"HTTP/2",
+    b"Host: a\r\n",
+    b"Content-Length: 5\r\n",
+    b"Transfer-Encoding: chunked\r\n",
+    b"Transfer_Encoding: chunked\r\n",
+    b"Connection: close\r\n",
+    b"Connection: host\r\n",
+    b"0\r\n\r\n",
+    b"\r\n\r\n",
+    b"null",
+    b"\"\"",
+    b"{}",
+    b"[]",
+    b"sandbox",
+    b"localhost",
+    b"-",
+];

@@ -1,0 +1,152 @@
+//! The properties. Each takes any bytes and panics when a parser accepts what it must not, or contradicts itself.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use http::{Request, Uri};
+use sandgate_hosts::host::{self, HostName};
+use sandgate_plane::admit::Credentials;
+use sandgate_plane::compose::{self, HTTPS, Peer, Reply};
+use sandgate_plane::http::body::{Body, Piece};
+use sandgate_plane::http::{Framing, fields, find_end, request as requests, response as responses};
+use sandgate_plane::message::{self, Message};
+use sandgate_plane::table::Table;
+
+const HEAD_BYTES_MAX: usize = 65536;
+
+/// What is sent to an upstream reads as one request, to the same host and with the same framing as what came in.
+pub fn request(input: &[u8]) {
+    let Ok(Some(len)) = find_end(input, 0, HEAD_BYTES_MAX) else { return };
+    let head = &input[..len];
+    let mut fields = Vec::new();
+    let Ok(parsed) = requests::parse(head, &mut fields) else { return };
+    let peer = Peer::new(IpAddr::V4(Ipv4Addr::LOCALHOST), HTTPS);
+    for credentials in [None, Some(Credentials::default())] {
+        let mut sent = Vec::new();
+        compose::request(&mut sent, head, &fields, &parsed, credentials.as_ref(), &peer);
+        assert_eq!(find_end(&sent, 0, usize::MAX), Ok(Some(sent.len())), "more or less than one head");
+        let mut sent_fields = Vec::new();
+        let again = match requests::parse(&sent, &mut sent_fields) {
+            Ok(again) => again,
+            // What we add may take the head over the limit on fields, and nothing else may be wrong with it.
+            Err(error) => {
+                assert_eq!(error, sandgate_plane::http::HeadError::TooLarge);
+                continue;
+            }
+        };
+        assert_eq!(again.framing, parsed.framing);
+        assert_eq!(sent[again.host], head[parsed.host.clone()]);
+        assert_eq!(sent[again.method], head[parsed.method.clone()]);
+        assert_eq!(again.is_upgrade, parsed.is_upgrade);
+    }
+}
+
+/// What is sent to a client reads as one response of the same status.
+pub fn response(input: &[u8]) {
+    let Ok(Some(len)) = find_end(input, 0, HEAD_BYTES_MAX) else { return };
+    let head = &input[..len];
+    for is_head in [false, true] {
+        let mut fields = Vec::new();
+        let Ok(parsed) = responses::parse(head, is_head, &mut fields) else { return };
+        let reply = Reply { minor: 1, is_keep_alive: true, is_switch: false, is_unchunked: false, is_preview: true };
+        let mut sent = Vec::new();
+        compose::response(&mut sent, head, &fields, &parsed, reply);
+        assert_eq!(find_end(&sent, 0, usize::MAX), Ok(Some(sent.len())), "more or less than one head");
+        let again = responses::parse(&sent, is_head, &mut Vec::new()).expect("our own response");
+        assert_eq!((again.status, again.framing), (parsed.status, parsed.framing));
+    }
+}
+
+/// A chunked body has the same content, end and errors however it is cut.
+pub fn body(input: &[u8]) {
+    let Some((&cut, bytes)) = input.split_first() else { return };
+    let whole = unchunk(&[bytes]);
+    let pieces: Vec<&[u8]> = bytes.chunks(usize::from(cut) + 1).collect();
+    assert_eq!(whole, unchunk(&pieces));
+}
+
+/// The content, and how many bytes the body took if it ended; none if it is malformed.
+fn unchunk(pieces: &[&[u8]]) -> Option<(Vec<u8>, Option<usize>)> {
+    let mut body = Body::new(Framing::Chunked);
+    let (mut content, mut waiting, mut used) = (Vec::new(), Vec::new(), 0);
+    for piece in pieces {
+        waiting.extend_from_slice(piece);
+        loop {
+            let count = match body.next(&waiting).ok()? {
+                Piece::Content(count) => {
+                    content.extend_from_slice(&waiting[..count]);
+                    count
+                }
+                Piece::Framing(count) => count,
+                Piece::Trailers(count) => {
+                    fields::parse(&waiting[..count], 0, &mut Vec::new()).ok()?;
+                    count
+                }
+                Piece::More => break,
+                Piece::End => return Some((content, Some(used))),
+            };
+            waiting.drain(..count);
+            used += count;
+        }
+    }
+    Some((content, body.is_done().then_some(used)))
+}
+
+/// A host name that is accepted is in its one form, which names the same target.
+pub fn host(input: &[u8]) {
+    let Ok(name) = HostName::parse(input) else { return };
+    let domains = ["localhost".to_owned(), "a.b".to_owned()];
+    let target = format!("{:?}", host::classify(name.as_str(), &domains));
+    let again = HostName::parse(name.as_str().as_bytes()).expect("its own form");
+    assert_eq!(again.as_str(), name.as_str());
+    assert_eq!(format!("{:?}", host::classify(again.as_str(), &domains)), target);
+}
+
+/// Whatever lines made a table, what is kept of it makes a table of as many sandboxes.
+pub fn control(input: &[u8]) {
+    let table = Table::default();
+    let Ok(text) = std::str::from_utf8(input) else { return };
+    obey(text, &table);
+    let kept = message::dump(&table);
+    let copy = Table::default();
+    obey(std::str::from_utf8(&kept).expect("JSON is UTF-8"), &copy);
+    assert_eq!(copy.sandboxes(), table.sandboxes());
+}
+
+fn obey(text: &str, table: &Table) {
+    let mut sync = None;
+    for line in text.lines() {
+        if let Ok(message) = serde_json::from_str::<Message>(line) {
+            // A refusal is an answer.
+            let _ = message::apply(message.body, line, table, &mut sync, 1);
+        }
+    }
+}
+
+/// Frames decode the same however they are cut, and encode to the bytes they came from.
+pub fn frame(input: &[u8]) {
+    sandgate_frame::fuzz::check(input);
+}
+
+/// A request of HTTP/2 becomes exactly one head, or none.
+pub fn http2(input: &[u8]) {
+    let mut lines = input.split(|&byte| byte == b'\n');
+    let mut next = || lines.next().unwrap_or_default();
+    let first = next();
+    let mut words = first.split(|&byte| byte == b' ');
+    let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    let Ok(uri) = Uri::try_from(path) else { return };
+    let mut builder = Request::builder().method(method).uri(uri);
+    for line in lines {
+        let Some(at) = line.iter().position(|&byte| byte == b':') else { continue };
+        builder = builder.header(line[..at].trim_ascii(), line[at + 1..].trim_ascii());
+    }
+    let Ok(made) = builder.body(()) else { return };
+    for has_body in [false, true] {
+        let Some(head) = sandgate_plane::http2::head(&made, has_body) else { return };
+        assert_eq!(find_end(&head.bytes, 0, usize::MAX), Ok(Some(head.bytes.len())), "more or less than one head");
+        if let Ok(parsed) = requests::parse(&head.bytes, &mut Vec::new()) {
+            assert_eq!(parsed.framing == Framing::Chunked, head.is_chunked);
+            assert!(!parsed.is_upgrade);
+        }
+    }
+}
