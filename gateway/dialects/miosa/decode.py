@@ -30,6 +30,9 @@ _NO_NUL = r"^[^\x00]*$"
 _ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 _SLUG = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 _PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
+_OCTAL = r"^(0o)?[0-7]{1,4}$"
+#: What the plane would take for ambiguous is outside of every share, so a share of it would open nothing.
+_URL_PATH = r"^(?!.*(//|\\|%2[eEfF]|%5[cC]|%00|/\.\.?(/|$)))/[^\x00-\x20\x7f?#]*$"
 
 #: What msgspec says about a pattern, in words.
 _PATTERN_WORDS = {
@@ -37,13 +40,18 @@ _PATTERN_WORDS = {
     _ENV_NAME: "must be a variable name: letters, digits and _, not starting with a digit",
     _SLUG: "must be lower-case letters, digits and inner hyphens",
     _PRINTABLE: "must not contain control characters",
+    _OCTAL: "must be octal permission bits such as 644",
+    _URL_PATH: "must be a URL's path: from / on, without //, dot segments, encoded slashes, backslashes or spaces",
 }
 
 Text = Annotated[str, Meta(max_length=256, pattern=_PRINTABLE)]
 Name = Annotated[str, Meta(min_length=1, max_length=120, pattern=_PRINTABLE)]
 Slug = Annotated[str, Meta(min_length=1, max_length=40, pattern=_SLUG)]
 Path = Annotated[str, Meta(min_length=1, max_length=4096, pattern=_NO_NUL)]
-Argument = Annotated[str, Meta(max_length=128 * 1024, pattern=_NO_NUL)]
+Octal = Annotated[str, Meta(pattern=_OCTAL)]
+UrlPath = Annotated[str, Meta(max_length=1024, pattern=_URL_PATH)]
+ARGUMENT_LENGTH_MAX = 128 * 1024
+Argument = Annotated[str, Meta(max_length=ARGUMENT_LENGTH_MAX, pattern=_NO_NUL)]
 EnvName = Annotated[str, Meta(min_length=1, max_length=256, pattern=_ENV_NAME)]
 EnvValue = Annotated[str, Meta(max_length=32 * 1024, pattern=_NO_NUL)]
 Env = Annotated[dict[EnvName, EnvValue], Meta(max_length=256)]
@@ -117,8 +125,7 @@ def _invalid_fields(fields: Mapping[str, Any], kind: type[msgspec.Struct], *, st
 def _alone(kind: Any) -> type[msgspec.Struct]:
     """A body of the one field `value`.
 
-    msgspec keeps what it knows of a struct. What it makes for any other type it frees after each call, and for a union
-    of a list and a string with a pattern it frees what is not its own: the process dies of the next few requests.
+    msgspec keeps what it knows of a struct. What it makes for any other type it makes and frees anew in each call.
     """
     return msgspec.defstruct("Alone", [("value", kind)])
 

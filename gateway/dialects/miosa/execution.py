@@ -42,8 +42,9 @@ class ExecRequest(msgspec.Struct, kw_only=True):
     is a line for `bash -lc`. The timeout is `timeout_ms`, or seconds in `timeout`, `timeout_sec`, `timeout_seconds`.
     """
 
-    cmd: Argv | decode.Argument | None = None
-    command: Argv | decode.Argument | None = None
+    # The string has no pattern: msgspec 0.22 corrupts memory when it frees a union of a list and a string with one.
+    cmd: Argv | str | None = None
+    command: Argv | str | None = None
     args: Annotated[list[decode.Argument], Meta(max_length=4096)] | None = None
     cwd: decode.Path | None = None
     working_dir: decode.Path | None = None
@@ -199,6 +200,10 @@ def command_line(body: ExecRequest) -> tuple[Sequence[str] | None, str | None]:
     field = "cmd" if body.cmd is not None else "command"
     if given is None or not given:
         raise invalid(field, "is required")
+    if isinstance(given, str) and "\x00" in given:
+        raise invalid(field, "must not contain NUL")
+    if isinstance(given, str) and len(given) > decode.ARGUMENT_LENGTH_MAX:
+        raise invalid(field, f"expected str of length <= {decode.ARGUMENT_LENGTH_MAX}")
     if isinstance(given, list):
         return [*given, *(body.args or ())], None
     if body.args is not None:

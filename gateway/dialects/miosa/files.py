@@ -32,7 +32,7 @@ FILE_BYTES_MAX = 10 * 1024 * 1024
 _BODY_BYTES_MAX = 15 * 1024 * 1024
 
 Depth = Annotated[int, Meta(ge=1, le=32)]
-Mode = Annotated[int, Meta(ge=0, le=0o7777)] | Annotated[str, Meta(pattern=r"^(0o)?[0-7]{1,4}$")]
+Mode = Annotated[int, Meta(ge=0, le=0o7777)] | decode.Octal
 
 
 class WriteFileRequest(msgspec.Struct, kw_only=True):

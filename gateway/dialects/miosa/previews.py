@@ -45,7 +45,7 @@ class ShareRequest(msgspec.Struct, kw_only=True):
     ttl_seconds: Ttl | None = None
     expires_in: Ttl | None = None
     expires_in_sec: Ttl | None = None
-    path: Annotated[str, Meta(max_length=1024, pattern=r"^/[^\x00-\x20\x7f]*$")] = "/"
+    path: decode.UrlPath = "/"
     scope: Literal["read", "write"] = "read"
     port: decode.Port | None = None
 

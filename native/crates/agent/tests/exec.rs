@@ -39,6 +39,8 @@ fn what_cannot_be_started_says_why() {
         (json!({"argv": ["/no/such/file"]}), "command_not_found"),
         (json!({"argv": [plain]}), "not_executable"),
         (json!({"argv": [broken]}), "not_executable"),
+        (json!({"argv": ["true", "x".repeat(200_000)]}), "bad_request"),
+        (json!({"argv": [format!("/{}", "x".repeat(5000))]}), "bad_request"),
         (json!({"argv": ["/"]}), "not_executable"),
         (json!({"argv": ["true"], "cwd": "/no/such/dir"}), "cwd_missing"),
         (json!({"argv": ["true"], "cwd": "/etc/passwd"}), "cwd_missing"),

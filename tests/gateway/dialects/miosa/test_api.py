@@ -214,6 +214,13 @@ async def test_detached_exec_is_a_process(api, sandbox):
     assert answer.json()["state"] == "running"
 
 
+@pytest.mark.parametrize("command", ["a\x00b", "x" * (128 * 1024 + 1), ["a\x00b"], [], "", " ", [1], {}])
+async def test_impossible_commands_are_refused(api, sandbox, command):
+    answer = await api.post(f"{sandbox}/exec", json={"command": command})
+    assert (answer.status_code, answer.json()["code"]) == (422, "validation_error")
+    assert answer.json()["details"][0]["field"].startswith("command")
+
+
 @pytest.mark.parametrize("path", ["exec/stream", "processes"])
 async def test_input_that_would_get_lost_is_refused(api, sandbox, path):
     answer = await api.post(f"{sandbox}/{path}", json={"command": "cat", "stdin": "hello"})

@@ -65,7 +65,7 @@ def test_template_in_all_spellings(field):
 
 
 @pytest.mark.parametrize(
-    ("fields", "seconds"), [({"timeout_ms": 1500}, 1.5), ({"timeout_sec": 600}, 600.0), ({}, 300.0)]
+    ("fields", "seconds"), [({"timeout_ms": 1500}, 1.5), ({"timeout_sec": 600}, 600.0), ({}, None)]
 )
 def test_lifetime_in_all_spellings(fields, seconds):
     assert create(**fields).timeout_s == seconds

@@ -304,6 +304,10 @@ fn explain(error: SpawnError, command: &Command, attempts: &[(CString, Vec<CStri
         (Step::Exec, Errno::EACCES | Errno::ENOEXEC | Errno::EPERM) => {
             OpError::new(Code::NotExecutable, format!("{program:?} cannot be executed: {}", error.errno.desc()))
         }
+        // Linux says E2BIG to an argument of 128 KiB or too many of them; gVisor says ENAMETOOLONG.
+        (Step::Exec, Errno::E2BIG | Errno::ENAMETOOLONG) => {
+            OpError::bad_request("the command cannot be started: its name, arguments or environment are too long")
+        }
         (step, errno) => OpError::of_errno(errno, &format!("cannot start {program:?} ({step:?})")),
     }
 }
