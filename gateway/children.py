@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import multiprocessing
 import os
 import signal
 import time
@@ -27,6 +28,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _BACKOFF_FIRST_S, _BACKOFF_LAST_S = 0.05, 2.0
 #: One that has lived this long can start; its next death begins with the short delay again.
 _HEALTHY_S = 2.0
+
+#: What a child wrote last is in the pipe already when it ends.
+_LAST_LINES_S = 1.0
 
 _LOG_BYTES_MAX = 32 * 1024**2
 _TAIL_LINES = 20
@@ -98,19 +102,25 @@ class Child:
 
     async def start(self) -> None:
         """Start the process; `keep_running` is to follow."""
-        output = None if self._log is None else asyncio.subprocess.PIPE
-        self._process = await asyncio.create_subprocess_exec(
-            *self._argv,
-            env=self._environ,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=output,
-            stderr=None if output is None else asyncio.subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=self._keep_fds,
-            preexec_fn=dying_with(os.getpid(), signal.SIGTERM),
-        )
+        output = None
         if self._log is not None:
-            self._copying = asyncio.create_task(_copy(self._process, self._log), name=f"log of {self.name}")
+            # A pipe of our own: `wait` would not return before every descendant closed one of asyncio's.
+            source, output = os.pipe()
+            self._copying = asyncio.create_task(_copy(source, self._log), name=f"log of {self.name}")
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._argv,
+                env=self._environ,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=None if output is None else asyncio.subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=self._keep_fds,
+                preexec_fn=dying_with(os.getpid(), signal.SIGTERM),
+            )
+        finally:
+            if output is not None:
+                os.close(output)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until it serves. Raises StartError if it dies first or takes too long."""
@@ -129,7 +139,9 @@ class Child:
             started = time.monotonic()
             code = await self._process.wait()
             if self._copying is not None:
-                await self._copying
+                # A descendant that outlives it still holds the pipe; nothing waits for that.
+                await asyncio.wait([self._copying], timeout=_LAST_LINES_S)
+                self._copying.cancel()
             if self._is_stopping:
                 return
             backoff_s = _BACKOFF_FIRST_S if time.monotonic() - started > _HEALTHY_S else backoff_s
@@ -171,18 +183,23 @@ class Child:
         return f" Its last lines ({self._log.path}):\n  {lines}"
 
 
-async def _copy(process: asyncio.subprocess.Process, log: LogFile) -> None:
-    """Copy lines until the process, and whoever else has its output, closed it."""
-    if process.stdout is None:
-        return
-    while True:
-        try:
-            line = await process.stdout.readline()
-        except ValueError:  # longer than the reader's limit; it has dropped the line
-            line = b"(a line that was too long)\n"
-        if not line:
-            return
-        log.write(line)
+async def _copy(source: int, log: LogFile) -> None:
+    """Copy lines until whoever writes to the pipe has closed it. source: the end to read from, which is closed here."""
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(source, "rb", buffering=0)
+    )
+    try:
+        while True:
+            try:
+                line = await reader.readline()
+            except ValueError:  # longer than the reader's limit; it has dropped the line
+                line = b"(a line that was too long)\n"
+            if not line:
+                return
+            log.write(line)
+    finally:
+        transport.close()
 
 
 def _how(code: int) -> str:
@@ -203,6 +220,9 @@ def dying_with(parent: int, number: signal.Signals) -> Callable[[], None]:
 def follow_parent() -> None:
     """Have the kernel kill this process when its parent dies; for processes that somebody else's code has started."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():
+        os._exit(1)  # it died before the line above
 
 
 def adopt_orphans() -> None:
