@@ -36,10 +36,7 @@ _REAP_EVERY_S = 0.5
 #: hostd needs a while to end hundreds of machines.
 _HOSTD_STOP_S = 60.0
 
-#: A hostd that died is started again and adopts what runs, before it can be stopped in order.
-_HOSTD_BACK_S = 10.0
-
-#: How long to wait for a hostd that died just before the end, so that it can end its machines.
+#: How long to wait for a hostd that died just before the end: only hostd can end the machines it left.
 _HOSTD_BACK_S = 10.0
 
 
@@ -70,8 +67,10 @@ class Supervisor:
                     # Not earlier: the builder is no orphan, and its end belongs to whoever waits for it.
                     asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap)
                     self._children = self._make_children(lock)
-                    if await self._unless_stopped(self._start()):
+                    # From then on, also while the whole is not ready yet, a part that dies comes back.
+                    if await self._unless_stopped(self._start_children()):
                         keepers = [asyncio.create_task(child.keep_running()) for child in self._children]
+                    if keepers and await self._unless_stopped(self._answers()):
                         self._announce(credentials, time.monotonic() - began)
                         await self._stop.wait()
             finally:
@@ -134,12 +133,15 @@ class Supervisor:
     def _reap(self) -> None:
         reap_orphans({child.pid for child in self._children if child.pid is not None})
 
-    async def _start(self) -> None:
-        """Start all children at once and wait until the whole answers from outside."""
-        settings = self._settings
+    async def _start_children(self) -> None:
+        """Start all children at once and wait until each serves."""
         async with asyncio.TaskGroup() as group:
             for child in self._children:
-                group.create_task(_start_child(child, settings.ready_timeout_s))
+                group.create_task(_start_child(child, self._settings.ready_timeout_s))
+
+    async def _answers(self) -> None:
+        """Wait until the whole answers from outside. Raises StartError when it does not in time."""
+        settings = self._settings
         until = time.monotonic() + settings.ready_timeout_s
         while await status_of(split_address(settings.admin_listen), "/readyz") != 200:
             if time.monotonic() > until:
