@@ -13,9 +13,9 @@ from pathlib import Path
 import native
 from tests.vmm.faults import Relay
 from vmm.agent import Agent
+from vmm.drivers.base import Shape
 from vmm.drivers.fake import FakeDriver
 from vmm.link import Dial, Link, tcp
-from vmm.types import MachineSpec
 
 
 @dataclass
@@ -60,7 +60,7 @@ async def fake_agent() -> AsyncIterator[Rig]:
     driver = FakeDriver()
     await driver.open()
     try:
-        await driver.start(MachineSpec("m", "default", "m"), token="t")
+        await driver.start("m", Shape("default", 1.0, 512, 1024), token="t")
         rig = Rig(lambda protocol: driver.dial("m", protocol), "t", "/workspace")
         try:
             yield rig

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
 from vmm.agent import Agent
-from vmm.drivers.base import Exit
+from vmm.drivers.base import Exit, Shape
 from vmm.drivers.fake import FakeDriver, Faults
 from vmm.errors import LinkError, MachineError
 from vmm.guest import Command
 from vmm.link import Link
-from vmm.types import MachineSpec, StopCause
+from vmm.types import StopCause
 
 
 @pytest.fixture
@@ -36,14 +37,13 @@ def agent_of(link: Link) -> Agent:
     return Agent(links)
 
 
-def spec(machine_id: str) -> MachineSpec:
-    return MachineSpec(machine_id, "default", machine_id)
+SHAPE = Shape("default", cpu_count=1.0, memory_mib=512, disk_mib=1024)
 
 
 async def test_a_thousand_machines_share_a_listener_and_nothing_else(driver: FakeDriver) -> None:
     async def live(number: int) -> None:
         machine_id = f"m{number}"
-        await driver.start(spec(machine_id), token=machine_id)
+        await driver.start(machine_id, SHAPE, token=machine_id)
         link = await join(driver, machine_id, machine_id)
         agent = agent_of(link)
         await agent.write("/workspace/name", machine_id.encode())
@@ -54,38 +54,38 @@ async def test_a_thousand_machines_share_a_listener_and_nothing_else(driver: Fak
     for start in range(0, 1_000, 100):
         await asyncio.gather(*(live(number) for number in range(start, start + 100)))
     assert len(driver.guests) == 1_000
-    await driver.start(spec("last"), token="last")
+    await driver.start("last", SHAPE, token="last")
     with pytest.raises(MachineError, match="no_capacity"):
-        await driver.start(spec("one too many"), token="x")
+        await driver.start("one too many", SHAPE, token="x")
 
 
 async def test_a_wrong_token_is_refused(driver: FakeDriver) -> None:
-    await driver.start(spec("m"), token="right")
+    await driver.start("m", SHAPE, token="right")
     with pytest.raises(LinkError, match="unauthorized"):
         await join(driver, "m", "wrong")
 
 
 async def test_an_unknown_template_is_refused(driver: FakeDriver) -> None:
     with pytest.raises(MachineError, match="template_not_found"):
-        await driver.start(MachineSpec("m", "no-such", "m"), token="t")
+        await driver.start("m", replace(SHAPE, template="no-such"), token="t")
 
 
 async def test_a_start_can_fail(driver: FakeDriver) -> None:
     driver.faults.start_error = "driver_failed"
     with pytest.raises(MachineError, match="driver_failed"):
-        await driver.start(spec("m"), token="t")
+        await driver.start("m", SHAPE, token="t")
     assert not driver.guests
 
 
 async def test_a_machine_can_refuse_to_be_dialled(driver: FakeDriver) -> None:
     driver.faults.refuses_dial = True
-    await driver.start(spec("m"), token="t")
+    await driver.start("m", SHAPE, token="t")
     with pytest.raises(ConnectionRefusedError):
         await join(driver, "m")
 
 
 async def test_a_machine_can_stall(driver: FakeDriver) -> None:
-    await driver.start(spec("m"), token="t")
+    await driver.start("m", SHAPE, token="t")
     link = await join(driver, "m")
     driver.faults_of("m").is_stalled = True
     with pytest.raises(LinkError, match="no_answer"):
@@ -97,7 +97,7 @@ async def test_a_machine_can_stall(driver: FakeDriver) -> None:
 
 async def test_a_connection_can_be_cut_after_some_bytes(driver: FakeDriver) -> None:
     driver.faults = Faults(cut_after_bytes=500)
-    await driver.start(spec("m"), token="t")
+    await driver.start("m", SHAPE, token="t")
     link = await join(driver, "m")
     stream = link.open({"op": "list", "path": "/", "depth": 2})
     with pytest.raises(LinkError, match="link_lost"):
@@ -106,7 +106,7 @@ async def test_a_connection_can_be_cut_after_some_bytes(driver: FakeDriver) -> N
 
 
 async def test_a_machine_can_end_by_itself(driver: FakeDriver) -> None:
-    await driver.start(spec("m"), token="t")
+    await driver.start("m", SHAPE, token="t")
     link = await join(driver, "m")
     waiting = asyncio.create_task(driver.wait("m"))
     await driver.end("m", Exit(StopCause.OOM, "told to"))
@@ -117,7 +117,7 @@ async def test_a_machine_can_end_by_itself(driver: FakeDriver) -> None:
 
 
 async def test_a_frozen_machine_answers_once_thawed(driver: FakeDriver) -> None:
-    await driver.start(spec("m"), token="t")
+    await driver.start("m", SHAPE, token="t")
     link = await join(driver, "m")
     await driver.freeze("m")
     asking = asyncio.create_task(agent_of(link).stat("/"))
@@ -130,6 +130,6 @@ async def test_a_frozen_machine_answers_once_thawed(driver: FakeDriver) -> None:
 
 async def test_a_sweep_keeps_what_it_is_told(driver: FakeDriver) -> None:
     for machine_id in ("a", "b", "c"):
-        await driver.start(spec(machine_id), token=machine_id)
+        await driver.start(machine_id, SHAPE, token=machine_id)
     assert sorted(await driver.sweep({"b"})) == ["a", "c"]
     assert list(driver.guests) == ["b"]

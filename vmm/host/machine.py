@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from vmm.drivers.base import Driver, Exit
+from vmm.drivers.base import Driver, Exit, Shape
 from vmm.errors import AgentError, MachineError, VmmError
 from vmm.host.config import HostConfig
 from vmm.host.journal import Journal, Record
@@ -132,7 +132,7 @@ class Machine:
 
     async def _bring_up(self) -> None:
         record = self.record
-        record.placement = await self._driver.start(record.spec, token=record.token)
+        record.placement = await self._driver.start(self.id, Shape.of(record.spec), token=record.token)
         self._connect()
         up = asyncio.create_task(self.line.is_up.wait())
         ended = asyncio.create_task(self._driver.wait(self.id))

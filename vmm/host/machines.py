@@ -62,6 +62,7 @@ class Machines:
         machine = self._new_machine(record)
         if record.state is MachineState.RUNNING and record.placement is not None:
             if await self.driver.adopt(machine_id, record.placement):
+                await self.driver.thaw(machine_id)
                 logger.info("adopted machine %s", machine_id)
                 # Activity since the record was written is unknown; count it as active now rather than end it early.
                 record.last_active_at = time.time()

@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from vmm.drivers.base import Capabilities, Exit, Placement
+from vmm.drivers.base import Capabilities, Exit, ImageFiles, Placement, Saved, Shape
 from vmm.drivers.fake.agent import Connection, Guest
 from vmm.drivers.fake.faults import Faults
 from vmm.errors import MachineError
-from vmm.types import MachineSpec, MachineStats, StopCause, TemplateInfo
+from vmm.types import MachineStats, StopCause, TemplateInfo
 
 __all__ = ["FakeDriver", "Faults"]
 
@@ -34,9 +35,11 @@ TEMPLATES = (
 
 @dataclass(slots=True)
 class _Machine:
-    spec: MachineSpec
-    guest: Guest
+    shape: Shape
+    token: str
     ended: asyncio.Future[Exit]
+    #: None until it is booted.
+    guest: Guest | None = None
 
 
 class FakeDriver:
@@ -67,96 +70,116 @@ class FakeDriver:
         self._server = await loop.create_server(lambda: Connection(self._guests.get).wire, "127.0.0.1", 0)
 
     async def close(self) -> None:
-        for machine_id in list(self._machines):
-            await self.destroy(machine_id)
+        for unit in list(self._machines):
+            await self.destroy(unit)
         if self._server is not None:
             self._server.close()
             self._server = None
 
-    async def start(self, spec: MachineSpec, *, token: str) -> Placement:
-        faults = replace(self.faults)
+    async def prepare(self, unit: str, shape: Shape, *, token: str) -> None:
+        faults = self.faults
         await asyncio.sleep(faults.start_delay_s)
         if faults.start_error is not None:
             raise MachineError(faults.start_error, "this start was told to fail")
-        if spec.template not in (name for info in TEMPLATES for name in (info.name, *info.aliases)):
-            raise MachineError("template_not_found", f"no template {spec.template!r}")
+        if shape.template not in (name for info in TEMPLATES for name in (info.name, *info.aliases)):
+            raise MachineError("template_not_found", f"no template {shape.template!r}")
         if len(self._machines) >= self._machines_max:
             raise MachineError("no_capacity", f"{self._machines_max} machines run already")
-        guest = Guest(token, spec.env, faults, self._guests)
-        self._machines[spec.id] = _Machine(spec, guest, asyncio.get_running_loop().create_future())
+        self._machines[unit] = _Machine(shape, token, asyncio.get_running_loop().create_future())
+
+    async def boot(self, unit: str) -> Placement:
+        machine = self._machines.get(unit)
+        if machine is None:
+            raise MachineError("machine_not_running", f"there is no shell {unit}")
+        machine.guest = Guest(machine.token, {}, replace(self.faults), self._guests)
         address, port = self._address()
         return Placement(address=address, agent_port=port)
 
-    async def adopt(self, machine_id: str, placement: Placement) -> bool:  # noqa: ARG002 - there is nowhere to look
-        return machine_id in self._machines
+    async def restore(self, unit: str, image: ImageFiles) -> Placement:
+        raise MachineError("snapshot_incompatible", f"a fake machine cannot be restored from {image.id}", detail=unit)
 
-    async def dial(self, machine_id: str, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Transport:
-        machine = self._machines.get(machine_id)
-        if machine is None or machine.guest.faults.refuses_dial:
-            raise ConnectionRefusedError(f"machine {machine_id} does not listen")
+    async def start(self, unit: str, shape: Shape, *, token: str) -> Placement:
+        await self.prepare(unit, shape, token=token)
+        return await self.boot(unit)
+
+    async def save(self, unit: str, directory: Path) -> Saved:
+        raise MachineError("snapshot_failed", f"a fake machine cannot be saved to {directory.name}", detail=unit)
+
+    async def reclaim(self, unit: str) -> int:
+        self._running(unit)
+        return 0
+
+    async def adopt(self, unit: str, placement: Placement) -> bool:  # noqa: ARG002 - there is nowhere to look
+        return unit in self._machines
+
+    async def dial(self, unit: str, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Transport:
+        machine = self._machines.get(unit)
+        if machine is None or machine.guest is None or machine.guest.faults.refuses_dial:
+            raise ConnectionRefusedError(f"machine {unit} does not listen")
         transport, _ = await asyncio.get_running_loop().create_connection(protocol, *self._address())
         return transport
 
-    async def wait(self, machine_id: str) -> Exit:
-        machine = self._machines.get(machine_id)
+    async def wait(self, unit: str) -> Exit:
+        machine = self._machines.get(unit)
         if machine is None:
-            return self._exits.get(machine_id, Exit(StopCause.LOST))
+            return self._exits.get(unit, Exit(StopCause.LOST))
         return await asyncio.shield(machine.ended)
 
-    async def stats(self, machine_id: str) -> MachineStats:
-        machine = self._running(machine_id)
+    async def stats(self, unit: str) -> MachineStats:
+        guest = self._running(unit)
         return MachineStats(
             cpu_seconds=0.0,
-            memory_bytes=machine.guest.files.size_bytes(),
-            memory_limit_bytes=machine.spec.memory_mib * 1024 * 1024,
-            pids=sum(1 for process in machine.guest.processes.values() if process.exit is None),
+            memory_bytes=guest.files.size_bytes(),
+            memory_limit_bytes=self._machines[unit].shape.memory_mib * 1024 * 1024,
+            pids=sum(1 for process in guest.processes.values() if process.exit is None),
         )
 
-    async def freeze(self, machine_id: str) -> None:
-        for connection in self._running(machine_id).guest.connections:
+    async def freeze(self, unit: str) -> None:
+        for connection in self._running(unit).connections:
             connection.wire.pause_reading()
 
-    async def thaw(self, machine_id: str) -> None:
-        if machine_id in self._machines:
-            for connection in self._machines[machine_id].guest.connections:
+    async def thaw(self, unit: str) -> None:
+        if unit in self.guests:
+            for connection in self.guests[unit].connections:
                 connection.wire.resume_reading()
 
-    async def destroy(self, machine_id: str) -> None:
-        await self.end(machine_id, Exit(StopCause.REQUESTED))
-        self._exits.pop(machine_id, None)
+    async def destroy(self, unit: str) -> None:
+        await self.end(unit, Exit(StopCause.REQUESTED))
+        self._exits.pop(unit, None)
 
     async def sweep(self, keep: Collection[str]) -> Sequence[str]:
-        gone = [machine_id for machine_id in self._machines if machine_id not in keep]
-        for machine_id in gone:
-            await self.destroy(machine_id)
+        gone = [unit for unit in self._machines if unit not in keep]
+        for unit in gone:
+            await self.destroy(unit)
         return gone
 
-    async def end(self, machine_id: str, exit_: Exit) -> None:
+    async def end(self, unit: str, exit_: Exit) -> None:
         """Let a machine end by itself, as after a kill or for want of memory."""
-        machine = self._machines.pop(machine_id, None)
+        machine = self._machines.pop(unit, None)
         if machine is not None:
-            self._exits[machine_id] = exit_
-            await machine.guest.stop()
+            self._exits[unit] = exit_
+            if machine.guest is not None:
+                await machine.guest.stop()
             machine.ended.set_result(exit_)
 
-    def faults_of(self, machine_id: str) -> Faults:
+    def faults_of(self, unit: str) -> Faults:
         """What goes wrong with one machine; change it in place."""
-        return self._running(machine_id).guest.faults
+        return self._running(unit).faults
 
-    def cut(self, machine_id: str) -> None:
+    def cut(self, unit: str) -> None:
         """Break the connections to its agent; its processes go on."""
-        self._running(machine_id).guest.cut()
+        self._running(unit).cut()
 
     @property
     def guests(self) -> Mapping[str, Guest]:
         """The insides of the machines that run, by machine id."""
-        return {machine_id: machine.guest for machine_id, machine in self._machines.items()}
+        return {unit: machine.guest for unit, machine in self._machines.items() if machine.guest is not None}
 
-    def _running(self, machine_id: str) -> _Machine:
-        machine = self._machines.get(machine_id)
-        if machine is None:
-            raise MachineError("machine_not_running", f"machine {machine_id} does not run")
-        return machine
+    def _running(self, unit: str) -> Guest:
+        machine = self._machines.get(unit)
+        if machine is None or machine.guest is None:
+            raise MachineError("machine_not_running", f"machine {unit} does not run")
+        return machine.guest
 
     def _address(self) -> tuple[str, int]:
         if self._server is None:

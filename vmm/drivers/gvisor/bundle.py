@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vmm.types import MachineSpec
+from vmm.drivers.base import Shape
 
 #: What a container's root may do by convention, minus raw sockets, which would let a guest forge packets, plus
 #: SYS_ADMIN, without which the agent could not set the host name. gVisor grants them inside the sandbox only.
@@ -40,7 +40,7 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _OPEN_FILES_MAX = 65_536
 
 
-def make(spec: MachineSpec, *, agent: str, token: str, namespace: str, cgroup: str) -> dict[str, Any]:
+def make(shape: Shape, *, agent: str, token: str, namespace: str, cgroup: str) -> dict[str, Any]:
     """Build the configuration, all but where the root file system comes from: how that is said is runsc's own.
 
     agent: path of the agent in the template.  namespace: path of the network namespace.  cgroup: path of the machine's
@@ -48,7 +48,8 @@ def make(spec: MachineSpec, *, agent: str, token: str, namespace: str, cgroup: s
     """
     return {
         "ociVersion": "1.0.2",
-        "hostname": spec.hostname,
+        # Its own comes with its identity.
+        "hostname": "localhost",
         "process": {
             "args": [agent],
             "cwd": "/",
@@ -68,7 +69,7 @@ def make(spec: MachineSpec, *, agent: str, token: str, namespace: str, cgroup: s
                 "destination": "/dev/shm",  # noqa: S108
                 "type": "tmpfs",
                 "source": "shm",
-                "options": ["nosuid", "nodev", "mode=1777", f"size={spec.memory_mib // 2}m"],
+                "options": ["nosuid", "nodev", "mode=1777", f"size={shape.memory_mib // 2}m"],
             },
         ],
         "linux": {
@@ -81,8 +82,8 @@ def make(spec: MachineSpec, *, agent: str, token: str, namespace: str, cgroup: s
                 {"type": "network", "path": namespace},
             ],
             "resources": {
-                "cpu": {"period": _CPU_PERIOD_US, "quota": max(1000, int(spec.cpu_count * _CPU_PERIOD_US))},
-                "memory": {"limit": spec.memory_mib * 1024 * 1024},
+                "cpu": {"period": _CPU_PERIOD_US, "quota": max(1000, int(shape.cpu_count * _CPU_PERIOD_US))},
+                "memory": {"limit": shape.memory_mib * 1024 * 1024},
                 "pids": {"limit": PIDS_MAX},
             },
         },

@@ -1,8 +1,9 @@
 """The driver for hosts without KVM: each machine is a gVisor sandbox.
 
-A start is: link and disk from the supplies, `runsc create` (about 100 ms of CPU), two calls on its control socket. An
-end is: kill everything in the machine's control group, reap, remove the group and runsc's state. Link and disk go with
-the sandbox's last process; nothing of them has a name that could be left behind.
+A shell is: link and disk from the supplies, `runsc create` (about 100 ms of CPU), a frozen control group. Booting or
+restoring it takes two or three calls on its control socket. An end is: kill everything in the machine's control group,
+reap, remove the group and runsc's state. Link and disk go with the sandbox's last process; nothing of them has a name
+that could be left behind.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from vmm.drivers.base import AGENT_PORT, Capabilities, Exit, Placement
+from vmm.drivers.base import AGENT_PORT, Capabilities, Exit, ImageFiles, Placement, Saved, Shape
 from vmm.drivers.gvisor import bundle, cgroups, firewall, network, processes, runsc, syscalls
 from vmm.drivers.gvisor.config import GvisorConfig
+from vmm.drivers.gvisor.network import Slot
 from vmm.drivers.gvisor.supplies import Supplies, Supply
 from vmm.errors import MachineError
 from vmm.tasks import run_in_background, stop
@@ -28,6 +31,8 @@ from vmm.templates.store import Template, TemplateStore
 from vmm.types import MachineSpec, MachineStats, StopCause, TemplateInfo
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _BLOCK_LOCKS = Path("/run/sandgate/blocks")
 #: How long the processes of a killed machine may take to disappear. Freeing gigabytes takes part of a second.
@@ -37,13 +42,16 @@ _REAP_PERIOD_S = 2.0
 
 
 @dataclass(slots=True)
-class _Running:
-    """A sandbox that is or was alive. `ended` is set once, with its exit in `exit`."""
+class _Unit:
+    """A sandbox from its creation until it is destroyed. `ended` is set once, with its exit in `exit`."""
 
     pid: int
+    pidfd: int
     slot_index: int
     address: str
-    pidfd: int
+    template_digest: str
+    #: The link, until the shell is started and its sandbox has it.
+    slot: Slot | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     exit: Exit | None = None
     is_frozen: bool = False
@@ -59,7 +67,7 @@ class GvisorDriver:
         self._templates = templates
         self._groups = cgroups.Groups(cgroups.find_hierarchy(), config.instance)
         self._starters = ThreadPoolExecutor(config.starts_max, "runsc")
-        self._running: dict[str, _Running] = {}
+        self._units: dict[str, _Unit] = {}
         self._resolvers: tuple[str, ...] = ()
         self._reaper: asyncio.Task[None] | None = None
         self._runsc: runsc.Runsc
@@ -119,9 +127,9 @@ class GvisorDriver:
         await stop(self._reaper)
         await self._supplies.close()
         await asyncio.to_thread(self._starters.shutdown)
-        for machine in self._running.values():
-            _unwatch(machine)
-        if not self._running:
+        for made in self._units.values():
+            _unwatch(made)
+        if not self._units:
             await asyncio.to_thread(firewall.remove, self._config.instance)
             self._groups.close()
             for directory in (self._config.run_dir / "machines", self._config.run_dir):
@@ -129,51 +137,108 @@ class GvisorDriver:
                     directory.rmdir()
         self._block.close()
 
-    async def start(self, spec: MachineSpec, *, token: str) -> Placement:
-        template = self._templates.find(spec.template)
+    async def prepare(self, unit: str, shape: Shape, *, token: str) -> None:
+        await self._create(unit, shape, token)
+        try:
+            await self.freeze(unit)
+        except BaseException:
+            await asyncio.shield(self.destroy(unit))
+            raise
+
+    async def boot(self, unit: str) -> Placement:
+        return await self._enliven(unit, lambda slot: self._runsc.start(unit, slot))
+
+    async def restore(self, unit: str, image: ImageFiles) -> Placement:
+        raise MachineError("snapshot_failed", "this driver cannot restore yet", detail=f"{unit} from {image.id}")
+
+    async def start(self, unit: str, shape: Shape, *, token: str) -> Placement:
+        await self._create(unit, shape, token)
+        return await self.boot(unit)
+
+    async def save(self, unit: str, directory: Path) -> Saved:
+        raise MachineError("snapshot_failed", "this driver cannot save yet", detail=f"{unit} to {directory}")
+
+    async def reclaim(self, unit: str) -> int:
+        self._unit(unit)
+        return 0
+
+    async def _create(self, unit: str, shape: Shape, token: str) -> None:
+        """Make a shell that is not frozen yet."""
+        template = self._templates.find(shape.template)
         if self._supplies is None:
             raise MachineError("driver_failed", "the driver is not open")
-        supply = await self._supplies.take(spec.disk_mib)
-        work = asyncio.get_running_loop().run_in_executor(self._starters, self._start, spec, token, template, supply)
+        supply = await self._supplies.take(shape.disk_mib)
         try:
-            sandbox, pidfd = await asyncio.shield(work)
+            sandbox, pidfd = await self._whole(unit, lambda: self._make_shell(unit, shape, token, template, supply))
+        except BaseException:
+            self._block.give_back(supply.slot.index)
+            raise
+        slot = supply.slot
+        self._watch(unit, _Unit(sandbox.pid, pidfd, slot.index, slot.address, template.info.digest, slot))
+
+    def _make_shell(
+        self, unit: str, shape: Shape, token: str, template: Template, supply: Supply
+    ) -> tuple[runsc.Sandbox, int]:
+        try:
+            config = bundle.make(
+                shape,
+                agent=template.agent,
+                token=token,
+                namespace=f"/proc/{os.getpid()}/fd/{supply.slot.namespace}",
+                cgroup=self._groups.path(unit),
+            )
+            sandbox = self._runsc.create(unit, config, image=template.image, disk=supply.disk.path)
+            # Opened before anything runs in it: a sandbox that ends at once is reaped at once.
+            return sandbox, os.pidfd_open(sandbox.pid)
+        except BaseException:
+            supply.slot.release()
+            raise
+        finally:
+            supply.disk.release()
+
+    async def _enliven(self, unit: str, start: Callable[[Slot], None]) -> Placement:
+        """Make a shell run, by whatever `start` tells its sandbox."""
+        shell = self._unit(unit)
+        slot = shell.slot
+        if slot is None:
+            raise MachineError("driver_failed", f"unit {unit} has been started before")
+        try:
+            await self._whole(unit, lambda: self._start_shell(unit, shell, slot, start))
+        finally:
+            shell.slot = None
+        facts = {
+            "pid": shell.pid,
+            "started": processes.start_time(shell.pid),
+            "slot": shell.slot_index,
+            "template": shell.template_digest,
+        }
+        return Placement(shell.address, resolvers=self._resolvers, facts=facts)
+
+    def _start_shell(self, unit: str, shell: _Unit, slot: Slot, start: Callable[[Slot], None]) -> None:
+        try:
+            if shell.is_frozen:
+                self._groups.set_frozen(unit, False)
+                shell.is_frozen = False
+            start(slot)
+        finally:
+            slot.release()
+
+    async def _whole(self, unit: str, step: Callable[[], _T]) -> _T:
+        """Run a step towards a running unit in a thread; if it fails or is cancelled, nothing of the unit is left."""
+        work = asyncio.get_running_loop().run_in_executor(self._starters, step)
+        try:
+            return await asyncio.shield(work)
         except BaseException as error:
             # The thread cannot be stopped; what it has made by its end is taken down.
             while not work.done():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([work])
-            await asyncio.shield(self.destroy(spec.id))
-            self._block.give_back(supply.slot.index)
+            await asyncio.shield(self.destroy(unit))
             if isinstance(error, OSError):
-                raise MachineError("driver_failed", "the sandbox could not be created", detail=str(error)) from error
+                raise MachineError("driver_failed", "the sandbox could not be started", detail=str(error)) from error
             raise
-        facts = {"pid": sandbox.pid, "started": processes.start_time(sandbox.pid), "slot": supply.slot.index}
-        placement = Placement(supply.slot.address, resolvers=self._resolvers, facts=facts)
-        self._watch(spec.id, sandbox.pid, pidfd, placement)
-        return placement
 
-    def _start(self, spec: MachineSpec, token: str, template: Template, supply: Supply) -> tuple[runsc.Sandbox, int]:
-        try:
-            config = bundle.make(
-                spec,
-                agent=template.agent,
-                token=token,
-                namespace=f"/proc/{os.getpid()}/fd/{supply.slot.namespace}",
-                cgroup=self._groups.path(spec.id),
-            )
-            sandbox = self._runsc.create(spec.id, config, image=template.image, disk=supply.disk.path)
-            # Opened before anything runs in it: a sandbox that ends at once is reaped at once.
-            pidfd = os.pidfd_open(sandbox.pid)
-            try:
-                self._runsc.start(spec.id, supply.slot)
-            except BaseException:
-                os.close(pidfd)
-                raise
-            return sandbox, pidfd
-        finally:
-            supply.release()
-
-    async def adopt(self, machine_id: str, placement: Placement) -> bool:
+    async def adopt(self, unit: str, placement: Placement) -> bool:
         pid, started, slot = (placement.facts.get(key) for key in ("pid", "started", "slot"))
         if not isinstance(pid, int) or not isinstance(slot, int) or processes.start_time(pid) != started:
             return False
@@ -182,99 +247,99 @@ class GvisorDriver:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             return False
-        self._watch(machine_id, pid, pidfd, placement)
-        await asyncio.to_thread(self._thaw, machine_id)
+        self._watch(unit, _Unit(pid, pidfd, slot, placement.address, str(placement.facts.get("template", ""))))
         return True
 
-    async def dial(self, machine_id: str, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Transport:
-        address = self._machine(machine_id).address
+    async def dial(self, unit: str, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Transport:
+        address = self._unit(unit).address
         transport, _ = await asyncio.get_running_loop().create_connection(protocol, address, AGENT_PORT)
         return transport
 
-    async def wait(self, machine_id: str) -> Exit:
-        machine = self._machine(machine_id)
+    async def wait(self, unit: str) -> Exit:
+        machine = self._unit(unit)
         await machine.ended.wait()
         return machine.exit or Exit(StopCause.EXITED)
 
-    async def stats(self, machine_id: str) -> MachineStats:
-        self._machine(machine_id)
-        return await asyncio.to_thread(self._groups.stats, machine_id)
+    async def stats(self, unit: str) -> MachineStats:
+        self._unit(unit)
+        return await asyncio.to_thread(self._groups.stats, unit)
 
-    async def freeze(self, machine_id: str) -> None:
-        await self._set_frozen(machine_id, True)
+    async def freeze(self, unit: str) -> None:
+        await self._set_frozen(unit, True)
 
-    async def thaw(self, machine_id: str) -> None:
-        await self._set_frozen(machine_id, False)
+    async def thaw(self, unit: str) -> None:
+        await self._set_frozen(unit, False)
 
-    async def destroy(self, machine_id: str) -> None:
+    async def destroy(self, unit: str) -> None:
         deadline = asyncio.get_running_loop().time() + _DESTROY_TIMEOUT_S
-        while not await asyncio.to_thread(self._kill, machine_id):
+        while not await asyncio.to_thread(self._kill, unit):
             if asyncio.get_running_loop().time() > deadline:
-                left = sorted(self._groups.processes(machine_id))
+                left = sorted(self._groups.processes(unit))
                 raise MachineError("driver_failed", "the machine's processes do not end", detail=f"pids {left}")
             await asyncio.sleep(_DESTROY_POLL_S)
-        await asyncio.to_thread(self._runsc.remove, machine_id)
-        machine = self._running.pop(machine_id, None)
+        await asyncio.to_thread(self._runsc.remove, unit)
+        machine = self._units.pop(unit, None)
         if machine is not None:
-            self._end(machine_id, machine)
+            self._end(unit, machine)
+            if machine.slot is not None:
+                machine.slot.release()
             self._block.give_back(machine.slot_index)
 
     async def sweep(self, keep: Collection[str]) -> Sequence[str]:
         known = await asyncio.to_thread(lambda: self._groups.machines() | self._runsc.ids())
         strangers = sorted(known - set(keep))
-        for machine_id in strangers:
+        for unit in strangers:
             try:
-                await self.destroy(machine_id)
+                await self.destroy(unit)
             except MachineError as error:
                 # Nothing to stay away for: it is tried again at the next start.
-                logger.warning("machine %s, which no record owns, cannot be ended: %s", machine_id, error.detail)
+                logger.warning("machine %s, which no record owns, cannot be ended: %s", unit, error.detail)
         if self._supplies is not None:
             self._supplies.start()
         return strangers
 
-    def _machine(self, machine_id: str) -> _Running:
-        machine = self._running.get(machine_id)
+    def _unit(self, unit: str) -> _Unit:
+        machine = self._units.get(unit)
         if machine is None:
-            raise MachineError("machine_not_running", f"machine {machine_id} does not run")
+            raise MachineError("machine_not_running", f"machine {unit} does not run")
         return machine
 
-    async def _set_frozen(self, machine_id: str, is_frozen: bool) -> None:
-        machine = self._machine(machine_id)
+    async def _set_frozen(self, unit: str, is_frozen: bool) -> None:
+        machine = self._unit(unit)
         try:
-            await asyncio.to_thread(self._groups.set_frozen, machine_id, is_frozen)
+            await asyncio.to_thread(self._groups.set_frozen, unit, is_frozen)
         except OSError as error:
             verb = "frozen" if is_frozen else "thawed"
             raise MachineError("driver_failed", f"the machine could not be {verb}", detail=str(error)) from error
         machine.is_frozen = is_frozen
 
-    def _thaw(self, machine_id: str) -> None:
+    def _thaw(self, unit: str) -> None:
         with contextlib.suppress(OSError):
-            self._groups.set_frozen(machine_id, False)
+            self._groups.set_frozen(unit, False)
 
-    def _kill(self, machine_id: str) -> bool:
+    def _kill(self, unit: str) -> bool:
         """One step towards a machine's end; True when nothing of it runs. A frozen process dies only once thawed."""
-        pids = self._groups.processes(machine_id)
-        if not pids and machine_id not in self._running:
+        pids = self._groups.processes(unit)
+        if not pids and unit not in self._units:
             # A `runsc create` that did not come to its end, perhaps because hostd did. It joins the group late.
-            root = f"--root={self._config.run_dir}/machines/{machine_id}"
+            root = f"--root={self._config.run_dir}/machines/{unit}"
             pids = {pid for pid, rest in processes.with_argument(root) if not rest}
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if pids:
-            self._thaw(machine_id)
+            self._thaw(unit)
         processes.reap_orphans(spare=self._watched())
-        return not pids and self._groups.remove(machine_id)
+        return not pids and self._groups.remove(unit)
 
     def _watched(self) -> set[int]:
-        return {machine.pid for machine in list(self._running.values()) if not machine.ended.is_set()}
+        return {machine.pid for machine in list(self._units.values()) if not machine.ended.is_set()}
 
-    def _watch(self, machine_id: str, pid: int, pidfd: int, placement: Placement) -> None:
-        machine = _Running(pid, placement.facts["slot"], placement.address, pidfd)
-        self._running[machine_id] = machine
-        asyncio.get_running_loop().add_reader(machine.pidfd, self._end, machine_id, machine)
+    def _watch(self, unit: str, made: _Unit) -> None:
+        self._units[unit] = made
+        asyncio.get_running_loop().add_reader(made.pidfd, self._end, unit, made)
 
-    def _end(self, machine_id: str, machine: _Running) -> None:
+    def _end(self, unit: str, machine: _Unit) -> None:
         if machine.ended.is_set():
             return
         _unwatch(machine)
@@ -282,11 +347,11 @@ class GvisorDriver:
         with contextlib.suppress(ChildProcessError):
             pid, code = os.waitpid(machine.pid, os.WNOHANG)
             status = code if pid else None
-        machine.exit = self._cause(machine_id, status)
+        machine.exit = self._cause(unit, status)
         machine.ended.set()
 
-    def _cause(self, machine_id: str, status: int | None) -> Exit:
-        if self._groups.oom_kills(machine_id):
+    def _cause(self, unit: str, status: int | None) -> Exit:
+        if self._groups.oom_kills(unit):
             return Exit(StopCause.OOM, "the machine used all of its memory")
         if status is None:  # adopted: another process's child
             return Exit(StopCause.EXITED)
@@ -301,7 +366,7 @@ class GvisorDriver:
             await asyncio.to_thread(processes.reap_orphans, self._watched())
 
 
-def _unwatch(machine: _Running) -> None:
+def _unwatch(machine: _Unit) -> None:
     if machine.pidfd >= 0:
         asyncio.get_running_loop().remove_reader(machine.pidfd)
         os.close(machine.pidfd)
