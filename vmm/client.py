@@ -8,17 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Self
 
 from vmm.agent import Agent
-from vmm.calls import Patience, ask, call, decode, is_break, limit_of
+from vmm.calls import Patience, ask, call, decode, is_break, limit_of, open_stream, within
 from vmm.errors import LinkError, VmmError
 from vmm.link import Link, unix
-from vmm.stream import Event, Stream
-from vmm.types import HostInfo, MachineInfo, MachineSpec, MachineState, MachineStats, StopCause, TemplateInfo
+from vmm.stream import Chunk, Event, Stream
+from vmm.types import (
+    ChildSpec,
+    Fork,
+    ForkFailure,
+    HostInfo,
+    IdleAction,
+    MachineInfo,
+    MachineSpec,
+    MachineState,
+    MachineStats,
+    PoolStatus,
+    SnapshotInfo,
+    StopCause,
+    TemplateInfo,
+)
 
 #: A restarted hostd listens again within a second or two; asking more often than this only costs.
 _CONNECT_DELAY_MIN_S = 0.02
@@ -100,12 +114,96 @@ class HostClient:
         *,
         expires_at: float | _Unset | None = UNSET,
         idle_timeout_s: float | _Unset | None = UNSET,
+        idle_action: IdleAction | _Unset = UNSET,
+        auto_resume: bool | _Unset = UNSET,
+        hibernate_after_s: float | _Unset | None = UNSET,
         deadline: float | None = None,
     ) -> MachineInfo:
-        """Change what is given; None means never."""
-        given = {"expires_at": expires_at, "idle_timeout_s": idle_timeout_s}
+        """Change what is given, of a paused machine too. None: never, and the host's default for hibernation."""
+        given = {
+            "expires_at": expires_at,
+            "idle_timeout_s": idle_timeout_s,
+            "idle_action": idle_action,
+            "auto_resume": auto_resume,
+            "hibernate_after_s": hibernate_after_s,
+        }
         fields = {name: value for name, value in given.items() if not isinstance(value, _Unset)}
         return decode(MachineInfo, await self._call("machine.update", deadline, id=machine_id, **fields))
+
+    async def pause_machine(
+        self, machine_id: str, *, hibernate: bool = False, deadline: float | None = None
+    ) -> MachineInfo:
+        """Stop everything in a machine where it is, or write it to disk and free its memory; no effect on one that is.
+
+        Raises MachineError `machine_not_running`, and for `hibernate` also `no_space`, `snapshot_failed`.
+        """
+        return decode(MachineInfo, await self._call("machine.pause", deadline, id=machine_id, hibernate=hibernate))
+
+    async def resume_machine(self, machine_id: str, *, deadline: float | None = None) -> MachineInfo:
+        """Have a machine run again; no effect on one that does. Many callers cause one wake.
+
+        Raises MachineError `machine_not_running`, `no_capacity`, `wake_timeout`, `snapshot_corrupt`.
+        """
+        return decode(MachineInfo, await self._call("machine.resume", deadline, id=machine_id))
+
+    async def restore_machine(self, machine_id: str, snapshot_id: str, *, deadline: float | None = None) -> MachineInfo:
+        """Take a machine back to a snapshot: memory, processes and files. On an error it goes on as it was."""
+        return decode(MachineInfo, await self._call("machine.restore", deadline, id=machine_id, snapshot=snapshot_id))
+
+    async def fork_machine(
+        self, machine_id: str, children: Sequence[ChildSpec], *, deadline: float | None = None
+    ) -> Fork:
+        """Copy a machine, which runs on. Children that exist already are returned as they are."""
+        fields = [asdict(child) for child in children]
+        reply = await self._call("machine.fork", deadline, id=machine_id, children=fields)
+        machines = tuple(map(_child, decode(list[dict[str, Any]], reply.get("machines"))))
+        return Fork(machines, decode(float, reply.get("pause_ms")))
+
+    async def create_snapshot(
+        self, snapshot_id: str, machine_id: str, *, deadline: float | None = None
+    ) -> SnapshotInfo:
+        """Take a snapshot under an id of the caller's (a UUID); the same id twice is the same snapshot.
+
+        Raises MachineError `machine_not_running`, `snapshot_failed`, `no_space`.
+        """
+        return decode(SnapshotInfo, await self._call("snapshot.create", deadline, id=snapshot_id, machine=machine_id))
+
+    async def get_snapshot(self, snapshot_id: str, *, deadline: float | None = None) -> SnapshotInfo:
+        """One snapshot. Raises MachineError `snapshot_not_found`."""
+        return decode(SnapshotInfo, await self._call("snapshot.get", deadline, id=snapshot_id))
+
+    async def list_snapshots(self, *, deadline: float | None = None) -> list[SnapshotInfo]:
+        """Every snapshot that the host has."""
+        return decode(list[SnapshotInfo], (await self._call("snapshot.list", deadline)).get("snapshots"))
+
+    async def delete_snapshot(self, snapshot_id: str, *, deadline: float | None = None) -> bool:
+        """Delete a snapshot; returns whether it existed. Raises MachineError `in_use` while machines start from it."""
+        return decode(bool, (await self._call("snapshot.delete", deadline, id=snapshot_id)).get("existed"))
+
+    async def export_snapshot(self, snapshot_id: str, *, deadline: float | None = None) -> AsyncIterator[bytes]:
+        """A snapshot as one file, in parts. deadline: of its first byte. Raises MachineError `snapshot_not_found`."""
+        stream, _ = await ask(self.link, {"op": "snapshot.export", "id": snapshot_id}, Patience(limit_of(deadline)))
+        with stream:
+            async for item in stream:
+                if isinstance(item, Chunk):
+                    yield item.data
+
+    async def import_snapshot(
+        self, snapshot_id: str, content: AsyncIterable[bytes], *, deadline: float | None = None
+    ) -> SnapshotInfo:
+        """Add an exported snapshot under a new id. deadline: of each step. Raises MachineError `snapshot_corrupt`."""
+        op = {"op": "snapshot.import", "id": snapshot_id}
+        with await open_stream(self.link, op, Patience(limit_of(deadline))) as stream:
+            async for part in content:
+                async with within(deadline):
+                    await stream.send(part)
+            async with within(deadline):
+                stream.end()
+                return decode(SnapshotInfo, await stream.reply())
+
+    async def pool_status(self, *, deadline: float | None = None) -> list[PoolStatus]:
+        """The warm machines of the host, by shape."""
+        return decode(list[PoolStatus], (await self._call("pool.status", deadline)).get("pools"))
 
     async def touch(self, machine_ids: Sequence[str], *, deadline: float | None = None) -> None:
         """Report activity that hostd cannot see, such as preview traffic."""
@@ -139,14 +237,27 @@ class HostClient:
                     raise
             await asyncio.sleep(_CONNECT_DELAY_MIN_S)
 
+    async def snapshot_events(self) -> AsyncIterator[SnapshotInfo]:
+        """Every snapshot as it is now, then each step and change of one. After a break all are told again."""
+        while not self._is_closed:
+            try:
+                stream, _ = await ask(self.link, {"op": "machine.events"}, Patience(limit_of(None)))
+                with stream:
+                    for snapshot in await self.list_snapshots():
+                        yield snapshot
+                    async for event in _events(stream, "snapshot"):
+                        yield decode(SnapshotInfo, event.get("snapshot"))
+            except VmmError as error:
+                if not is_break(error) and error.code != "host_unreachable":
+                    raise
+            await asyncio.sleep(_CONNECT_DELAY_MIN_S)
+
     async def _events_of_one_link(self, seen: dict[str, MachineInfo]) -> AsyncIterator[MachineInfo]:
         stream, _ = await ask(self.link, {"op": "machine.events"}, Patience(limit_of(None)))
         with stream:
             for machine in _differences(seen, await self.list_machines()):
                 yield machine
-            async for event in _machine_events(stream):
-                if event.get("type") == "overflow":
-                    return
+            async for event in _events(stream, "machine"):
                 yield _note(seen, decode(MachineInfo, event.get("machine")))
 
     async def _call(self, name: str, deadline: float | None, **fields: Any) -> dict[str, Any]:
@@ -166,10 +277,20 @@ class HostClient:
         raise LinkError("host_unreachable", "the client has been closed")
 
 
-async def _machine_events(stream: Stream) -> AsyncIterator[Event]:
+def _child(reply: dict[str, Any]) -> MachineInfo | ForkFailure:
+    if "error" not in reply:
+        return decode(MachineInfo, reply)
+    return decode(ForkFailure, {"id": reply.get("id")} | decode(dict[str, Any], reply["error"]))
+
+
+async def _events(stream: Stream, kind: str) -> AsyncIterator[Event]:
+    """Those of one kind, until the stream ends or some were lost."""
     async for item in stream:
         if isinstance(item, Event):
-            yield item
+            if item.get("type") == "overflow":
+                return
+            if item.get("type") == kind:
+                yield item
 
 
 def _note(seen: dict[str, MachineInfo], machine: MachineInfo) -> MachineInfo:

@@ -16,9 +16,30 @@ Source = Literal["caller", "us", "sandbox", "host"]
 
 #: Codes that a second try cannot mend belong to whoever has to change something; these are ours or the host's.
 _US = frozenset({"bad_frame", "unauthorized", "internal"})
-_HOST = frozenset({"driver_failed", "no_capacity", "link_lost", "host_unreachable"})
+_HOST = frozenset(
+    {
+        "driver_failed",
+        "host_unreachable",
+        "link_lost",
+        "no_capacity",
+        "snapshot_corrupt",
+        "snapshot_failed",
+        "snapshot_incompatible",
+        "wake_timeout",
+    }
+)
 _SANDBOX = frozenset({"agent_unreachable", "machine_not_running", "no_answer", "no_space", "io_error"})
-_RETRYABLE = frozenset({"link_lost", "host_unreachable", "no_capacity", "agent_unreachable", "no_answer"})
+_RETRYABLE = frozenset(
+    {
+        "agent_unreachable",
+        "host_unreachable",
+        "link_lost",
+        "no_answer",
+        "no_capacity",
+        "snapshot_failed",
+        "wake_timeout",
+    }
+)
 
 
 class VmmError(Exception):
@@ -51,6 +72,11 @@ class AgentError(VmmError):
 
 class MachineError(VmmError):
     """hostd refused the operation or the driver failed."""
+
+    @property
+    def source(self) -> Source:
+        """As for every error, but the disk that is full is the host's."""
+        return "host" if self.code == "no_space" else super().source
 
 
 class LinkError(VmmError):

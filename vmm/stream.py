@@ -48,8 +48,13 @@ _MACHINE_CODES = frozenset(
         "limit_exceeded",
         "machine_not_found",
         "machine_not_running",
+        "machine_paused",
         "no_capacity",
+        "snapshot_corrupt",
+        "snapshot_incompatible",
+        "snapshot_not_found",
         "template_not_found",
+        "wake_timeout",
     }
 )
 

@@ -5,8 +5,8 @@ hostd socket as JSON objects with the same field names (docs/protocol.md, "Machi
 
 States of a machine:
 
-    preparing ─▶ running ─▶ stopping ─▶ stopped(cause)
-        └────────────┴──────────────▶ failed(cause)
+    preparing ─▶ running ◀─▶ frozen ─▶ hibernating ─▶ hibernated ─▶ waking ─▶ running
+        └────────────┴─────────┴────────────┴──────────────┴───────────┴─▶ stopping ─▶ stopped(cause), failed(cause)
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ class MachineState(enum.StrEnum):
 
     PREPARING = "preparing"
     RUNNING = "running"
+    FROZEN = "frozen"
+    HIBERNATING = "hibernating"
+    HIBERNATED = "hibernated"
+    WAKING = "waking"
     STOPPING = "stopping"
     STOPPED = "stopped"
     FAILED = "failed"
@@ -40,6 +44,23 @@ class StopCause(enum.StrEnum):
     LOST = "lost"
 
 
+class IdleAction(enum.StrEnum):
+    """What happens to a machine that nobody has used for its idle timeout."""
+
+    DESTROY = "destroy"
+    PAUSE = "pause"
+    KEEP = "keep"
+
+
+class Origin(enum.StrEnum):
+    """How a machine came by what runs in it now: a warm one, a prepared shell, from nothing, or out of an image."""
+
+    READY = "ready"
+    SHELL = "shell"
+    COLD = "cold"
+    RESTORED = "restored"
+
+
 @dataclass(frozen=True, slots=True)
 class MachineSpec:
     """What to run, and within which limits.
@@ -49,7 +70,10 @@ class MachineSpec:
     cpu_count, memory_mib, disk_mib: hard limits; disk is what may be written on top of the template.
     env: variables every process in the machine starts with.
     expires_at: Unix seconds after which hostd destroys the machine, None for never.
-    idle_timeout_s: seconds without activity after which hostd destroys it, None for never.
+    idle_timeout_s: seconds without activity after which hostd does `idle_action`, None for never.
+    snapshot: start from this snapshot instead of the template's files; the shape has to be that of the snapshot.
+    auto_resume: whether use of the paused machine wakes it.
+    hibernate_after_s: seconds after which a frozen machine is written to disk, None for the host's default.
     """
 
     id: str
@@ -61,14 +85,33 @@ class MachineSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     expires_at: float | None = None
     idle_timeout_s: float | None = None
+    snapshot: str | None = None
+    idle_action: IdleAction = IdleAction.DESTROY
+    auto_resume: bool = True
+    hibernate_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """A machine to fork off another one: the fields of `MachineSpec` that it does not share with its parent."""
+
+    id: str
+    hostname: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    expires_at: float | None = None
+    idle_timeout_s: float | None = None
+    idle_action: IdleAction = IdleAction.DESTROY
+    auto_resume: bool = True
+    hibernate_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class MachineInfo:
     """A machine as hostd sees it now.
 
-    address: IPv4 address reachable from the host while the machine runs.
+    address: IPv4 address reachable from the host while the machine runs; a wake, restore or fork gives a new one.
     boot_ms: milliseconds from the request until its agent answered.
+    snapshot: the image that its memory came from, None after a start from files.
     last_active_at: Unix seconds of the last activity (exec, file, terminal input, preview traffic).
     """
 
@@ -85,6 +128,92 @@ class MachineInfo:
     expires_at: float | None
     idle_timeout_s: float | None
     last_active_at: float
+    origin: Origin | None = None
+    snapshot: str | None = None
+    auto_resume: bool = True
+    idle_action: IdleAction = IdleAction.DESTROY
+
+
+@dataclass(frozen=True, slots=True)
+class ForkFailure:
+    """A child that could not be made; the others may live."""
+
+    id: str
+    code: str
+    message: str
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """The children of a fork, in the order asked for.
+
+    pause_ms: how long the parent stood still for it, 0 if it was paused anyway.
+    """
+
+    machines: tuple[MachineInfo | ForkFailure, ...]
+    pause_ms: float
+
+
+class SnapshotState(enum.StrEnum):
+    """pending ─▶ ready; pending ─▶ error."""
+
+    PENDING = "pending"
+    READY = "ready"
+    ERROR = "error"
+
+
+class SnapshotStep(enum.StrEnum):
+    """What a pending snapshot is at: the machine stands still while `saving` only."""
+
+    SAVING = "saving"
+    HASHING = "hashing"
+    PUBLISHING = "publishing"
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """Memory and files of a machine at one instant.
+
+    machine: id of the machine it was taken of.  parent: the snapshot that that machine came from.
+    size_bytes: of its files unpacked.  stored_bytes: what they take on the disk.
+    pause_ms: how long the machine stood still for it.
+    step, progress (0 to 1): how far a pending one is.  detail: why it failed, or which hook did.
+    """
+
+    id: str
+    machine: str
+    state: SnapshotState
+    template: str
+    cpu_count: float
+    memory_mib: int
+    disk_mib: int
+    created_at: float
+    size_bytes: int = 0
+    stored_bytes: int = 0
+    ready_at: float | None = None
+    pause_ms: float | None = None
+    parent: str | None = None
+    detail: str | None = None
+    step: SnapshotStep | None = None
+    progress: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """The warm machines of one shape. refill_ms: how long making one takes, None before the first."""
+
+    template: str
+    cpu_count: float
+    memory_mib: int
+    disk_mib: int
+    ready: int
+    shells: int
+    target_ready: int
+    target_shells: int
+    claims: int
+    misses: int
+    refill_ms: float | None
 
 
 @dataclass(frozen=True, slots=True)
