@@ -53,6 +53,8 @@ class PlaneClient:
     socket_path: the plane's control socket.
     on_poke: called with (topic, seq) when another API worker has announced news.
     on_activity: called with the ids of sandboxes that had preview traffic; only one of all connections is told.
+    on_wake: called with the id of a frozen or hibernated sandbox that somebody wants to use: push its route when it
+        runs. Called again, on one connection or another, while requests wait and the route says that it sleeps.
     on_new_epoch: awaited when the plane may have missed something; should call `sync`. Called again until it succeeds.
     push_timeout_s: how long a push waits for its acknowledgement.
     Use as an async context manager; connecting goes on in the background and may take for ever.
@@ -64,12 +66,14 @@ class PlaneClient:
         *,
         on_poke: Callable[[str, Any], None] = _ignore,
         on_activity: Callable[[Sequence[str]], None] = _ignore,
+        on_wake: Callable[[str], None] = _ignore,
         on_new_epoch: Callable[[], Awaitable[None]] | None = None,
         push_timeout_s: float = 2.0,
     ) -> None:
         self._socket_path = socket_path
         self._on_poke = on_poke
         self._on_activity = on_activity
+        self._on_wake = on_wake
         self._on_new_epoch = on_new_epoch
         self._push_timeout_s = push_timeout_s
         self._writer: asyncio.StreamWriter | None = None
@@ -265,6 +269,8 @@ class PlaneClient:
                 self._on_poke(message["topic"], message["seq"])
             case "activity":
                 self._on_activity(message["ids"])
+            case "wake":
+                self._on_wake(message["id"])
 
 
 def _line(message: dict[str, Any]) -> bytes:

@@ -42,16 +42,21 @@ class PortRoute:
 
 @dataclass(frozen=True, slots=True)
 class SandboxRoute:
-    """A sandbox as the plane sees it. owner: workspace id. address: where its ports are reached."""
+    """A sandbox as the plane sees it.
+
+    owner: workspace id.  address: where its ports are reached; while it is frozen or hibernated, where they were.
+    auto_resume: whether a request for a frozen or hibernated sandbox asks for it to be woken.
+    """
 
     v: int
     id: str
     slug: str
     owner: str
     address: str
-    state: Literal["running", "starting"] = "running"
+    state: Literal["running", "starting", "frozen", "hibernated"] = "running"
     ports: Mapping[int, PortRoute] = field(default_factory=dict)
     tokens: Sequence[TokenRule] = ()
+    auto_resume: bool = True
 
     def message(self) -> dict[str, Any]:
         """The control message that puts it."""
@@ -63,6 +68,7 @@ class SandboxRoute:
             "owner": self.owner,
             "address": self.address,
             "state": self.state,
+            "auto_resume": self.auto_resume,
             "ports": {str(port): _port_record(route) for port, route in self.ports.items()},
             "tokens": [_token_record(token) for token in self.tokens],
         }

@@ -162,7 +162,7 @@ impl Admission {
     /// Whether it would be decided the same way now.
     pub fn holds(&self, table: &Table, now: f64) -> bool {
         let Some(sandbox) = table.get(&self.sandbox.id) else { return false };
-        let is_same = Arc::ptr_eq(&sandbox.live, &self.sandbox.live) && sandbox.state == State::Running;
+        let is_same = Arc::ptr_eq(&sandbox.live, &self.sandbox.live) && sandbox.state != State::Starting;
         let is_public = sandbox.port(self.port).is_some_and(|rule| rule.is_public);
         let is_open = || match &self.via {
             Via::Public => false,
@@ -172,6 +172,11 @@ impl Admission {
             }
         };
         is_same && (is_public || is_open())
+    }
+
+    /// The sandbox, as it was then.
+    pub fn sandbox(&self) -> &Sandbox {
+        &self.sandbox
     }
 
     /// For a request let in by a token: until when it is good (Unix seconds, if ever) and below which path.

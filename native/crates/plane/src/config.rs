@@ -69,6 +69,12 @@ pub struct Limits {
     /// Requests and tunnels in flight to one sandbox.
     #[arg(long, default_value_t = 1_000)]
     pub sandbox_connections_max: u32,
+    /// Requests that wait for one sandbox to wake up.
+    #[arg(long, default_value_t = 256)]
+    pub wake_waiting_max: u32,
+    /// For a sandbox to wake up.
+    #[arg(long, default_value_t = 30.0)]
+    pub wake_timeout_s: f64,
     /// For a request's head to arrive.
     #[arg(long, default_value_t = 15.0)]
     pub head_timeout_s: f64,

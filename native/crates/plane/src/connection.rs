@@ -14,15 +14,17 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
 use crate::access_log::Record;
-use crate::buf::Inbox;
+use crate::buf::{HeadBuf, Inbox};
 use crate::compose::{Peer, split_query};
 use crate::exchange::{Broken, Done, exchange};
 use crate::failure::{Audience, Code, Failure};
+use crate::hold::hold;
 use crate::http::fields::{self, Field};
 use crate::http::{Framing, find_end};
 use crate::metrics::Class;
 use crate::net::{Shared, write_both};
-use crate::prepare::{Answer, AnswerKind, Forward, Plan, prepare};
+use crate::prepare::{Answer, AnswerKind, Decision, Forward, Hold, Plan, prepare};
+use crate::table::Sandbox;
 use crate::tunnel::tunnel;
 use crate::watch::{End, Phase, Watch};
 use crate::worker::Worker;
@@ -49,7 +51,6 @@ pub async fn serve<C: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, watch: &W
         audience: Cell::default(),
         class: Cell::new(Class::None),
         record: RefCell::default(),
-        started_ms: Cell::new(0),
         is_open: Cell::new(false),
     };
     let exit = {
@@ -107,8 +108,7 @@ struct Session<'a, C> {
     audience: Cell<Audience>,
     class: Cell<Class>,
     record: RefCell<Option<Record>>,
-    /// When the current request began; whether it is not finished yet.
-    started_ms: Cell<u64>,
+    /// Whether the current request is not finished yet.
     is_open: Cell<bool>,
 }
 
@@ -123,8 +123,17 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
                 Ok(None) => return Exit::Closed,
                 Err(failure) => return self.refuse(failure).await,
             };
-            let plan = self.plan(&inbox.data()[..head_len]);
-            inbox.consume(head_len);
+            let plan = match self.plan(&inbox.data()[..head_len]) {
+                Ok(Decision::Hold(hold)) => match self.hold(hold, &mut inbox, head_len).await {
+                    Some(plan) => plan,
+                    None => return self.give_up(),
+                },
+                Ok(Decision::Now(plan)) => {
+                    inbox.consume(head_len);
+                    Ok(plan)
+                }
+                Err(failure) => Err(failure),
+            };
             let exit = match plan {
                 Err(failure) => Some(self.refuse(failure).await),
                 Ok(Plan::Answer(answer)) => self.answer(answer).await,
@@ -165,17 +174,42 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
         }
     }
 
-    fn plan(&self, head: &[u8]) -> Result<Plan, Failure> {
+    fn plan(&self, head: &[u8]) -> Result<Decision, Failure> {
         self.watch.is_answering.set(false);
-        self.started_ms.set(self.worker.now_ms());
+        self.watch.began_ms.set(self.worker.now_ms());
         self.is_open.set(true);
+        self.decide(head, |fields| {
+            if self.worker.access_log.is_some() {
+                self.record.replace(Some(self.record(head, fields)));
+            }
+        })
+    }
+
+    /// Decides on the request; `note` is shown its fields.
+    fn decide(&self, head: &[u8], note: impl FnOnce(&[Field])) -> Result<Decision, Failure> {
         let mut fields = self.worker.fields.take();
         let plan = prepare(self.worker, &self.peer, head, &mut fields);
-        if self.worker.access_log.is_some() {
-            self.record.replace(Some(self.record(head, &fields)));
-        }
+        note(&fields);
         self.worker.fields.replace(fields);
         plan
+    }
+
+    /// Holds the request at the front of `inbox` until its sandbox is awake. None if the client left.
+    async fn hold(&self, asleep: Hold, inbox: &mut Inbox, head_len: usize) -> Option<Result<Plan, Failure>> {
+        // A copy: a buffer is much larger than a head, and many may be held.
+        let mut head = HeadBuf::take();
+        head.0.extend_from_slice(&inbox.data()[..head_len]);
+        inbox.consume(head_len);
+        self.class.set(Class::Preview);
+        self.audience.set(asleep.audience);
+        self.note_sandbox(&asleep.sandbox);
+        hold(self.worker, self.watch, &mut &self.client, inbox, asleep, || self.decide(&head.0, |_| ())).await
+    }
+
+    fn note_sandbox(&self, sandbox: &Sandbox) {
+        if let Some(record) = &mut *self.record.borrow_mut() {
+            record.sandbox = Some(sandbox.id.clone().into());
+        }
     }
 
     /// What the access log will say; a head that could not be read leaves it nearly empty.
@@ -208,7 +242,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
             record.status = status;
             record.code = code.map(Code::name);
             record.request_id = request_id;
-            record.duration_ms = self.worker.now_ms().saturating_sub(self.started_ms.get());
+            record.duration_ms = self.worker.now_ms().saturating_sub(self.watch.began_ms.get());
             log.borrow_mut().push(&record);
         }
     }
@@ -257,8 +291,8 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
     async fn forward(&self, mut forward: Forward, inbox: &mut Inbox) -> Option<Exit> {
         self.class.set(if forward.address.is_some() { Class::Preview } else { Class::Api });
         self.audience.set(forward.audience);
-        if let (Some(record), Some(sandbox)) = (&mut *self.record.borrow_mut(), &forward.sandbox) {
-            record.sandbox = Some(sandbox.id.clone().into());
+        if let Some(sandbox) = &forward.sandbox {
+            self.note_sandbox(sandbox);
         }
         self.watch.admission.replace(forward.admission.take());
         let outcome = exchange(self.worker, self.watch, &self.client, inbox, &forward).await;
@@ -299,6 +333,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
         self.watch.admission.replace(None);
         let code = match end {
             End::Timeout(Phase::Head | Phase::Body) => Code::RequestTimeout,
+            End::Timeout(Phase::Wake) => Code::WakeTimeout,
             End::Timeout(Phase::Connect | Phase::Response | Phase::Push) if self.class.get() == Class::Api => {
                 Code::ApiUnavailable
             }

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::OwnedReadHalf;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::{mpsc, watch};
 
 use crate::handover::{self, Group};
@@ -18,6 +19,7 @@ use crate::journal::{Follower, Journal};
 use crate::message::{self, Body, Message};
 use crate::metrics::Metrics;
 use crate::table::{Seen, TOMBSTONE_S, Table};
+use crate::wake;
 use crate::worker::{Drain, wall_clock_s};
 
 /// Longest line, either way.
@@ -39,6 +41,8 @@ pub struct Control {
     /// For a successor; gone once the process is to end.
     listeners: RefCell<Vec<Group>>,
     drain: watch::Sender<Drain>,
+    /// Ids of sandboxes to be woken.
+    knocks: UnboundedSender<Box<str>>,
     /// A successor is taking over: nothing may change any more.
     is_suspended: watch::Sender<bool>,
     is_listening: watch::Sender<bool>,
@@ -82,6 +86,7 @@ impl Control {
         epoch: String,
         paths: Paths,
         drain: watch::Sender<Drain>,
+        knocks: UnboundedSender<Box<str>>,
     ) -> Rc<Self> {
         Rc::new(Self {
             table,
@@ -91,6 +96,7 @@ impl Control {
             paths,
             listeners: RefCell::default(),
             drain,
+            knocks,
             is_suspended: watch::Sender::new(false),
             is_listening: watch::Sender::new(true),
             outboxes: RefCell::default(),
@@ -309,6 +315,15 @@ impl Control {
             Body::Poke { topic, seq } => {
                 self.poke(connection, &json!({"t": "poke", "topic": topic, "seq": seq}).to_string());
             }
+            Body::Wake { id } => {
+                self.is_no_api(connection);
+                if let Some(sandbox) = self.table.get(&id).filter(|sandbox| sandbox.wake.is_asleep())
+                    && sandbox.wake.ask()
+                {
+                    // Nobody receives it when the process is about to end.
+                    let _ = self.knocks.send(id.into());
+                }
+            }
             Body::Stats => {
                 let stats = json!({"t": "stats", "n": n, "connections": self.metrics.connections(),
                     "requests": self.metrics.requests(), "sandboxes": self.table.sandboxes()});
@@ -334,6 +349,24 @@ impl Control {
         if let Err(error) = self.journal.borrow_mut().append(line) {
             crate::log::warning("cannot write the routes file", &error);
         }
+    }
+
+    /// Asks a connection to wake a sandbox, the one after `last` if there are several. None if nobody takes it.
+    pub async fn ask_to_wake(&self, id: &str, last: Option<u64>) -> Option<u64> {
+        if *self.drain.borrow() == Drain::HandedOver {
+            return wake::relay(&self.paths.socket, id).await.then_some(0);
+        }
+        let line = wake::line(id);
+        let outboxes = self.outboxes.borrow();
+        let next = outboxes.iter().position(|outbox| Some(outbox.connection) > last).unwrap_or(0);
+        let (before, after) = outboxes.split_at(next);
+        let mut in_turn = after.iter().chain(before);
+        in_turn.find(|outbox| outbox.lines.try_send(line.clone()).is_ok()).map(|outbox| outbox.connection)
+    }
+
+    /// Leaves a connection of somebody who only asks out of what is told to the API.
+    fn is_no_api(&self, connection: u64) {
+        self.outboxes.borrow_mut().retain(|outbox| outbox.connection != connection);
     }
 
     fn poke(&self, from: u64, line: &str) {

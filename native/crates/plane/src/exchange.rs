@@ -218,6 +218,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
             write: (Phase::Push, limits.send_timeout_s),
             count: &self.worker.counters.bytes_up,
             sandbox: self.forward.sandbox.as_deref(),
+            is_up: true,
             is_unchunked: false,
             has_sent: &self.has_sent,
         };
@@ -362,6 +363,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
             write: (Phase::Send, limits.send_timeout_s),
             count: &self.worker.counters.bytes_down,
             sandbox: self.forward.sandbox.as_deref(),
+            is_up: false,
             is_unchunked: answer.is_unchunked,
             has_sent: &self.watch.is_answering,
         };

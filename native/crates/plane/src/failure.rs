@@ -11,6 +11,12 @@ pub enum Code {
     PreviewUnknown,
     /// The sandbox is not ready yet.
     SandboxStarting,
+    /// The sandbox is paused, and requests do not wake it.
+    SandboxPaused,
+    /// It was not awake in time.
+    WakeTimeout,
+    /// Too many requests wait for it already.
+    TooManyWaiting,
     /// Nothing listens on the port.
     PortClosed,
     /// The sandbox was destroyed.
@@ -50,13 +56,16 @@ struct Row {
 }
 
 /// Number of codes; indexes counters.
-pub const CODES: usize = 16;
+pub const CODES: usize = 19;
 
 impl Code {
     /// Every code.
     pub const ALL: [Self; CODES] = [
         Self::PreviewUnknown,
         Self::SandboxStarting,
+        Self::SandboxPaused,
+        Self::WakeTimeout,
+        Self::TooManyWaiting,
         Self::PortClosed,
         Self::SandboxGone,
         Self::TokenMissing,
@@ -85,6 +94,19 @@ impl Code {
                 "Service Unavailable",
                 Some(1),
                 "The sandbox is starting. Try again in a moment.",
+            ),
+            Self::SandboxPaused => {
+                row("sandbox_paused", 409, "Conflict", None, "This sandbox is paused. Resume it to open its preview.")
+            }
+            Self::WakeTimeout => {
+                row("wake_timeout", 504, "Gateway Timeout", Some(1), "The sandbox did not wake up in time.")
+            }
+            Self::TooManyWaiting => row(
+                "too_many_waiting",
+                503,
+                "Service Unavailable",
+                Some(1),
+                "Too many requests wait for this sandbox to wake up. Try again in a moment.",
             ),
             Self::PortClosed => {
                 row("port_closed", 502, "Bad Gateway", None, "Nothing listens on this port of the sandbox.")

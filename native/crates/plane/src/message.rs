@@ -71,6 +71,11 @@ pub enum Body {
         /// How far it has grown.
         seq: Value,
     },
+    /// From a predecessor that has handed over: somebody there waits for a sandbox.
+    Wake {
+        /// Its id.
+        id: String,
+    },
     /// Asks for figures.
     Stats,
     /// A successor asks for the listeners.
@@ -86,6 +91,8 @@ pub struct SandboxRecord {
     owner: String,
     address: IpAddr,
     state: StateName,
+    #[serde(default = "yes")]
+    auto_resume: bool,
     #[serde(default)]
     ports: HashMap<String, PortRecord>,
     #[serde(default)]
@@ -97,6 +104,12 @@ pub struct SandboxRecord {
 enum StateName {
     Running,
     Starting,
+    Frozen,
+    Hibernated,
+}
+
+fn yes() -> bool {
+    true
 }
 
 #[derive(Deserialize)]
@@ -176,17 +189,21 @@ impl SandboxRecord {
         let state = match self.state {
             StateName::Running => State::Running,
             StateName::Starting => State::Starting,
+            StateName::Frozen => State::Frozen,
+            StateName::Hibernated => State::Hibernated,
         };
-        table.put_sandbox(self.v, &self.id, self.address, |live, generation| Sandbox {
+        table.put_sandbox(self.v, &self.id, self.address, |live, wake, generation| Sandbox {
             v: self.v,
             id: self.id.as_str().into(),
             slug: self.slug.into(),
             owner: self.owner.into(),
             address: self.address,
             state,
+            auto_resume: self.auto_resume,
             ports,
             tokens,
             live,
+            wake,
             generation,
             line: line.into(),
         });
@@ -219,7 +236,7 @@ pub fn apply(body: Body, line: &str, table: &Table, sync: &mut Option<Seen>, now
             Some(seen) => table.retain(v, &seen, now),
             None => return Err("sync_end without sync_begin".into()),
         },
-        Body::Poke { .. } | Body::Stats | Body::HandOver => return Ok(false),
+        Body::Poke { .. } | Body::Wake { .. } | Body::Stats | Body::HandOver => return Ok(false),
     }
     Ok(true)
 }

@@ -70,6 +70,10 @@ pub struct Counters {
     pub retries: Count,
     /// Connections ended because access was revoked.
     pub revoked: Count,
+    /// Sandboxes that this worker was the first to want awake.
+    pub wakes: Count,
+    /// Requests that wait for a sandbox to wake up.
+    pub waiting: Count,
 }
 
 impl Counters {
@@ -162,6 +166,8 @@ impl Metrics {
             self.sum(|w| &w.retries),
         );
         one("revoked_total", "counter", "Connections ended because access was revoked.", self.sum(|w| &w.revoked));
+        one("wakes_total", "counter", "Wakes asked for.", self.sum(|w| &w.wakes));
+        one("waiting", "gauge", "Requests that wait for a sandbox to wake up.", self.sum(|w| &w.waiting));
         one("sandboxes", "gauge", "Sandboxes in the route table.", table.sandboxes() as u64);
         one("table_generation", "counter", "Changes of the route table.", table.generation());
         out

@@ -22,12 +22,38 @@ use crate::worker::Worker;
 /// The port that an `https` address need not name.
 const HTTPS_PORT: u16 = 443;
 
+/// What becomes of a request.
+pub enum Decision {
+    /// This.
+    Now(Plan),
+    /// To be decided again when the sandbox is awake.
+    Hold(Hold),
+}
+
 /// What to do with a request.
 pub enum Plan {
     /// Pass it on.
     Forward(Box<Forward>),
     /// Answer it.
     Answer(Answer),
+}
+
+/// A request for a sandbox that sleeps.
+pub struct Hold {
+    /// The sandbox.
+    pub sandbox: Arc<Sandbox>,
+    /// For failures further on.
+    pub audience: Audience,
+    /// How the body is delimited.
+    pub framing: Framing,
+}
+
+impl Hold {
+    /// What to answer instead.
+    pub fn refused(&self, code: Code) -> Answer {
+        let kind = AnswerKind::Failure(code.into());
+        Answer { class: Class::Preview, kind, audience: self.audience, framing: self.framing }
+    }
 }
 
 /// An answer of our own.
@@ -112,19 +138,14 @@ impl From<HeadError> for Failure {
 
 /// Decides what to do with the request whose complete head this is. An error means that nothing more can be read from
 /// its connection.
-pub fn prepare(worker: &Worker, peer: &Peer, head: &[u8], fields: &mut Vec<Field>) -> Result<Plan, Failure> {
+pub fn prepare(worker: &Worker, peer: &Peer, head: &[u8], fields: &mut Vec<Field>) -> Result<Decision, Failure> {
     let request = request::parse(head, fields)?;
     let name = HostName::parse(&head[request.host.clone()])
         .map_err(|_| Failure { code: Code::BadRequest, detail: Some("The Host header does not hold a host name.") })?;
     let draft = Draft { worker, peer, head, fields, request: &request };
     if let Some(port) = worker.config.https_redirect.filter(|_| !peer.is_secure()) {
         let kind = AnswerKind::Redirect { status: 308, head: draft.to_https(name.as_str(), port) };
-        return Ok(Plan::Answer(Answer {
-            class: Class::None,
-            kind,
-            audience: draft.audience(),
-            framing: request.framing,
-        }));
+        return Ok(draft.answer(Class::None, kind));
     }
     let (class, outcome) = match host::classify(name.as_str(), &worker.config.domain) {
         host::Target::Api => (Class::Api, Ok(draft.to_api())),
@@ -132,8 +153,8 @@ pub fn prepare(worker: &Worker, peer: &Peer, head: &[u8], fields: &mut Vec<Field
         host::Target::Preview { port, sandbox } => (Class::Preview, draft.to_preview(port, sandbox)),
     };
     Ok(match outcome {
-        Ok(forward) => Plan::Forward(Box::new(forward)),
-        Err(kind) => Plan::Answer(Answer { class, kind, audience: draft.audience(), framing: request.framing }),
+        Ok(decision) => decision,
+        Err(kind) => draft.answer(class, kind),
     })
 }
 
@@ -167,11 +188,16 @@ impl Draft<'_> {
         }
     }
 
-    fn to_api(&self) -> Forward {
-        self.forward(Target::Api, None)
+    fn answer(&self, class: Class, kind: AnswerKind) -> Decision {
+        let answer = Answer { class, kind, audience: self.audience(), framing: self.request.framing };
+        Decision::Now(Plan::Answer(answer))
     }
 
-    fn to_preview(&self, port: u16, name: SandboxName<'_>) -> Result<Forward, AnswerKind> {
+    fn to_api(&self) -> Decision {
+        Decision::Now(Plan::Forward(Box::new(self.forward(Target::Api, None))))
+    }
+
+    fn to_preview(&self, port: u16, name: SandboxName<'_>) -> Result<Decision, AnswerKind> {
         let failure = |code: Code| AnswerKind::Failure(code.into());
         if port == AGENT_PORT {
             return Err(failure(Code::PreviewUnknown));
@@ -194,6 +220,13 @@ impl Draft<'_> {
         if let Some(redirect) = self.redirect(&credentials, &admission) {
             return Err(AnswerKind::Redirect { status: 303, head: redirect });
         }
+        if sandbox.state.is_asleep() {
+            return if sandbox.auto_resume {
+                Ok(Decision::Hold(Hold { sandbox, audience: self.audience(), framing: self.request.framing }))
+            } else {
+                Err(failure(Code::SandboxPaused))
+            };
+        }
         let slot = Slot::take(&sandbox, self.worker.config.limits.sandbox_connections_max)
             .ok_or_else(|| failure(Code::TooManyConnections))?;
         sandbox.touch();
@@ -202,7 +235,7 @@ impl Draft<'_> {
         forward.sandbox = Some(sandbox);
         forward.admission = Some(admission);
         forward.slot = Some(slot);
-        Ok(forward)
+        Ok(Decision::Now(Plan::Forward(Box::new(forward))))
     }
 
     fn forward(&self, target: Target, preview: Option<(&Credentials, IpAddr, u16)>) -> Forward {

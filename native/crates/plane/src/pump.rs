@@ -38,6 +38,8 @@ pub struct Flow<'a> {
     pub count: &'a Count,
     /// Told of traffic.
     pub sandbox: Option<&'a Sandbox>,
+    /// From the client, whose bytes wake the sandbox.
+    pub is_up: bool,
     /// Send the contents of chunks only, for a receiver that cannot read chunks.
     pub is_unchunked: bool,
     /// Set once the receiver has taken a byte.
@@ -54,6 +56,9 @@ impl Flow<'_> {
         self.count.add(body.len() as u64);
         if let Some(sandbox) = self.sandbox {
             sandbox.touch();
+            if self.is_up {
+                self.worker.knock(sandbox);
+            }
         }
         let on_progress = || {
             self.has_sent.set(true);

@@ -15,13 +15,14 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::access_log::AccessLog;
 use crate::admin::{self, Admin};
-use crate::config::Config;
+use crate::config::{Config, duration};
 use crate::control::{self, Control, Paths};
 use crate::handover::{self, Kind, Predecessor};
 use crate::journal::Journal;
 use crate::metrics::Metrics;
 use crate::table::Table;
 use crate::tls::Certificates;
+use crate::wake;
 use crate::worker::{self, Drain, Listener, Shared, wall_clock_s};
 
 /// Connections the kernel queues per listener.
@@ -51,7 +52,14 @@ pub fn run(config: Config) -> io::Result<()> {
         crate::log::warning("lines of the routes file were unreadable", &bad_lines);
     }
     let (begin_drain, drain) = watch::channel(Drain::No);
-    let shared = Shared { config: Arc::clone(&config), table: Arc::clone(&table), census: Arc::default(), drain };
+    let (knocks, knocked) = tokio::sync::mpsc::unbounded_channel();
+    let shared = Shared {
+        config: Arc::clone(&config),
+        table: Arc::clone(&table),
+        census: Arc::default(),
+        drain,
+        knocks: knocks.clone(),
+    };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = tokio::task::LocalSet::new();
     let is_handed_over = runtime.block_on(local.run_until(async {
@@ -74,11 +82,20 @@ pub fn run(config: Config) -> io::Result<()> {
             tokio::task::spawn_local(renew(certificates, signal(SignalKind::hangup())?));
         }
         let paths = Paths { socket: config.control_socket.clone(), routes: config.routes_path() };
-        let control =
-            Control::new(Arc::clone(&table), Arc::clone(&metrics), journal, epoch(), paths, begin_drain.clone());
+        let control = Control::new(
+            Arc::clone(&table),
+            Arc::clone(&metrics),
+            journal,
+            epoch(),
+            paths,
+            begin_drain.clone(),
+            knocks,
+        );
         control.offer(offer);
         tokio::task::spawn_local(Rc::clone(&control).serve(control_listener));
         tokio::task::spawn_local(Rc::clone(&control).housekeeping());
+        let patience = duration(config.limits.wake_timeout_s);
+        tokio::task::spawn_local(wake::serve(Rc::clone(&control), Arc::clone(&table), knocked, patience));
         let admin = match admin_listener {
             Some(listener) => {
                 let admin = Rc::new(Admin { table, metrics, api_socket: config.api_socket.clone() });

@@ -14,6 +14,8 @@ use arc_swap::ArcSwap;
 use sandgate_hosts::access::{Digest, Grant, Key};
 use sandgate_hosts::host::SandboxName;
 
+use crate::wake::Wake;
+
 /// How long a removed record is remembered: its hosts say "gone", and a late older push does not revive it.
 pub const TOMBSTONE_S: u64 = 3600;
 const SHARDS: usize = 256;
@@ -25,6 +27,17 @@ pub enum State {
     Running,
     /// Not yet.
     Starting,
+    /// In memory, but not scheduled.
+    Frozen,
+    /// On disk.
+    Hibernated,
+}
+
+impl State {
+    /// Whether it must be woken first.
+    pub fn is_asleep(self) -> bool {
+        matches!(self, Self::Frozen | Self::Hibernated)
+    }
 }
 
 /// A port opened as a preview.
@@ -64,12 +77,16 @@ pub struct Sandbox {
     pub address: IpAddr,
     /// Whether they answer.
     pub state: State,
+    /// Whether a request may wake it.
+    pub auto_resume: bool,
     /// Opened ports.
     pub ports: Vec<PortRule>,
     /// Tokens for the sandbox as a whole or one port.
     pub tokens: Vec<Grant>,
-    /// Shared with earlier and later versions.
+    /// Shared with earlier and later versions at this address.
     pub live: Arc<Live>,
+    /// Shared with all versions.
+    pub wake: Arc<Wake>,
     /// The table's generation when it was pushed.
     pub generation: u64,
     /// The control message that made it, for the journal.
@@ -262,21 +279,36 @@ impl Table {
         }
     }
 
-    /// Puts a sandbox unless a newer record is known. `make` receives what it shares with the version before
+    /// Puts a sandbox unless a newer record is known. `make` receives what it shares with the versions before
     /// and the generation to note.
-    pub fn put_sandbox(&self, v: u64, id: &str, address: IpAddr, make: impl FnOnce(Arc<Live>, u64) -> Sandbox) {
+    pub fn put_sandbox(
+        &self,
+        v: u64,
+        id: &str,
+        address: IpAddr,
+        make: impl FnOnce(Arc<Live>, Arc<Wake>, u64) -> Sandbox,
+    ) {
         let _writer = self.lock();
         let key = id_key(id);
         let before = self.by_id[id_shard(&key)].load().get(&key).cloned();
         if before.as_ref().is_some_and(|entry| entry.v() > v) {
             return;
         }
-        let live = match before.as_deref() {
-            Some(Entry::Here(old)) if old.address == address => Arc::clone(&old.live),
-            _ => Arc::new(Live { incarnation: self.incarnations.fetch_add(1, Ordering::Relaxed), ..Live::default() }),
+        let (same_address, wake) = match before.as_deref() {
+            Some(Entry::Here(old)) => ((old.address == address).then_some(old), Arc::clone(&old.wake)),
+            _ => (None, Arc::default()),
         };
-        let entry = Arc::new(Entry::Here(Arc::new(make(live, self.generation()))));
-        self.replace(key, before.as_ref(), Some(entry));
+        let fresh =
+            || Arc::new(Live { incarnation: self.incarnations.fetch_add(1, Ordering::Relaxed), ..Live::default() });
+        let live = same_address.map_or_else(fresh, |old| Arc::clone(&old.live));
+        let mut sandbox = make(live, Arc::clone(&wake), self.generation());
+        // Hibernation ended every connection, even if the address is the same afterwards.
+        if same_address.is_some_and(|old| old.state == State::Hibernated) && sandbox.state != State::Hibernated {
+            sandbox.live = fresh();
+        }
+        let is_asleep = sandbox.state.is_asleep() && sandbox.auto_resume;
+        self.replace(key, before.as_ref(), Some(Arc::new(Entry::Here(Arc::new(sandbox)))));
+        wake.note(is_asleep);
     }
 
     /// Removes a sandbox unless a newer record is known. `slug` is used if the sandbox itself is not known.
@@ -296,6 +328,9 @@ impl Table {
             _ => slug.map(Into::into),
         };
         self.replace(key, before.as_ref(), Some(Arc::new(Entry::Gone { v, slug, at })));
+        if let Some(Entry::Here(old)) = before.as_deref() {
+            old.wake.note(false);
+        }
     }
 
     /// Exchanges an entry in both indexes. New names appear before old ones vanish.

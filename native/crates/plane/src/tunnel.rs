@@ -26,9 +26,9 @@ pub async fn tunnel<C: AsyncRead + AsyncWrite + Unpin>(
 ) {
     let Switch { upstream, mut reply } = switch;
     let upstream = Shared::new(upstream);
-    let side = |count| Side { worker, watch, sandbox, count };
+    let side = |count, is_up| Side { worker, watch, sandbox, count, is_up };
     let (mut client_in, mut client_out, mut upstream_in, mut upstream_out) = (client, client, &upstream, &upstream);
-    let (up, down) = (side(&worker.counters.bytes_up), side(&worker.counters.bytes_down));
+    let (up, down) = (side(&worker.counters.bytes_up, true), side(&worker.counters.bytes_down, false));
     worker.counters.tunnels.add(1);
     {
         let mut up = pin!(up.copy(inbox, &mut client_in, &mut upstream_out));
@@ -60,6 +60,8 @@ struct Side<'a> {
     watch: &'a Watch,
     sandbox: Option<&'a Sandbox>,
     count: &'a Count,
+    /// From the client, whose bytes wake the sandbox.
+    is_up: bool,
 }
 
 impl Side<'_> {
@@ -74,6 +76,11 @@ impl Side<'_> {
                 return writer.shutdown().await;
             }
             self.note_traffic();
+            if self.is_up
+                && let Some(sandbox) = self.sandbox
+            {
+                self.worker.knock(sandbox);
+            }
             self.count.add(inbox.data().len() as u64);
             write_both(writer, inbox.data(), &[], || self.note_traffic()).await?;
             inbox.consume(inbox.data().len());

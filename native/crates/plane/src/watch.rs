@@ -25,6 +25,8 @@ pub enum Phase {
     Head,
     /// More of the request's body.
     Body,
+    /// The sandbox to wake up.
+    Wake,
     /// A connection to the upstream.
     Connect,
     /// The upstream to take bytes.
@@ -88,6 +90,8 @@ pub struct Watch {
     pub up: Deadline,
     /// Upstream towards client.
     pub down: Deadline,
+    /// When the current request began, in the worker's milliseconds.
+    pub began_ms: Cell<u64>,
     /// Whether the first byte of a response has been sent.
     pub is_answering: Cell<bool>,
     /// The protocol can tell the client that the connection ends, before it does.
@@ -112,6 +116,11 @@ impl Watch {
             Poll::Pending
         })
         .await
+    }
+
+    /// Whether the request of `began_ms` waits for a sandbox that has not begun to answer.
+    pub fn is_unanswered(&self) -> bool {
+        matches!(self.down.phase(), Phase::Connect | Phase::Response)
     }
 
     fn finish(&self, end: End) {

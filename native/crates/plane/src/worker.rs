@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 use tokio::task::LocalSet;
 use tokio::time::timeout;
@@ -23,7 +24,7 @@ use crate::http::fields::Field;
 use crate::http2;
 use crate::metrics::Counters;
 use crate::pool::Pool;
-use crate::table::Table;
+use crate::table::{Sandbox, Table};
 use crate::tls;
 use crate::watch::{SWEEP_MS, Watch, Watches};
 
@@ -31,6 +32,8 @@ use crate::watch::{SWEEP_MS, Watch, Watches};
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Accesses are checked again at least this often, for those that expire.
 const EXPIRY_SWEEP_MS: u64 = 1000;
+/// A request and the news that its sandbox sleeps may cross within this time.
+const CROSSING_MS: u64 = 2000;
 
 /// Connection counts that all workers share; touched when connections come and go only.
 #[derive(Default)]
@@ -103,6 +106,8 @@ pub struct Shared {
     pub census: Arc<Census>,
     /// Whether the process is to stop.
     pub drain: watch::Receiver<Drain>,
+    /// Takes the ids of sandboxes to be woken.
+    pub knocks: UnboundedSender<Box<str>>,
 }
 
 /// What the connections of one worker share.
@@ -123,6 +128,7 @@ pub struct Worker {
     pub access_log: Option<RefCell<AccessLog>>,
     /// Everything that the sweep looks at.
     pub watches: Watches,
+    knocks: UnboundedSender<Box<str>>,
     started: Instant,
     now_ms: Cell<u64>,
     wall_s: Cell<f64>,
@@ -152,6 +158,26 @@ impl Worker {
         let count = self.next_id.get();
         self.next_id.set(count + 1);
         format!("req_{:016x}{:08x}", self.ids.hash_one(count), count as u32)
+    }
+
+    /// Has a sandbox woken, if nobody has yet.
+    pub fn knock(&self, sandbox: &Sandbox) {
+        if sandbox.wake.is_asleep() && sandbox.wake.ask() {
+            self.counters.wakes.add(1);
+            // Nobody receives it when the process is about to end.
+            let _ = self.knocks.send(sandbox.id.clone());
+        }
+    }
+
+    /// Has a sandbox woken that fell asleep just as a request reached it.
+    fn knock_for(&self, watch: &Watch) {
+        let is_fresh = self.now_ms().saturating_sub(watch.began_ms.get()) < CROSSING_MS;
+        if is_fresh
+            && watch.is_unanswered()
+            && let Some(admission) = &*watch.admission.borrow()
+        {
+            self.knock(admission.sandbox());
+        }
     }
 
     fn tick(&self) {
@@ -184,6 +210,7 @@ pub fn run(shared: Shared, counters: Arc<Counters>, listeners: Vec<Listener>, ac
         fields: RefCell::default(),
         access_log: access_log.map(RefCell::new),
         watches: Watches::default(),
+        knocks: shared.knocks,
         started: Instant::now(),
         now_ms: Cell::new(0),
         wall_s: Cell::new(wall_clock_s()),
@@ -297,6 +324,9 @@ async fn sweep(worker: Rc<Worker>, drain: watch::Receiver<Drain>) {
         let wall_s = worker.wall_s();
         worker.watches.sweep(|watch| {
             watch.sweep(now_ms, drain, |admission| !is_due || admission.holds(&worker.table, wall_s));
+            if is_due {
+                worker.knock_for(watch);
+            }
         });
         worker.pool.sweep(now_ms.saturating_sub(ms(worker.config.limits.upstream_idle_timeout_s)));
         if let Some(log) = &worker.access_log {

@@ -1,0 +1,165 @@
+//! Sandboxes that sleep: requests wait while the API is asked, once, to wake theirs.
+//!
+//! ```text
+//! worker: request or bytes for a sandbox asleep ──knock──▶ control thread ──wake──▶ one api connection
+//!         held ◀──────────── its record has changed ◀──── sandbox … running ◀──────┘  another after 2 s
+//! ```
+//!
+//! Not for deciding whether a sandbox may be woken: its record says so.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::time::timeout;
+
+use crate::control::Control;
+use crate::table::Table;
+
+/// After this long without an effect somebody else is asked.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
+/// Between two attempts while nobody can be asked; how long a successor may take to listen.
+const ASK_SOON: Duration = Duration::from_millis(100);
+
+/// What all versions of one sandbox have in common, whatever its address.
+#[derive(Debug, Default)]
+pub struct Wake {
+    is_asleep: AtomicBool,
+    is_asked: AtomicBool,
+    waiting: AtomicU32,
+    changed: Notify,
+}
+
+impl Wake {
+    /// Whether the newest record says that it sleeps and may be woken.
+    pub fn is_asleep(&self) -> bool {
+        self.is_asleep.load(Ordering::Relaxed)
+    }
+
+    /// True for the first to ask, until the sandbox has been awake.
+    pub fn ask(&self) -> bool {
+        !self.is_asked.load(Ordering::SeqCst) && !self.is_asked.swap(true, Ordering::SeqCst)
+    }
+
+    /// Notes a new record, or the end, of the sandbox and lets everybody who waits look at it.
+    pub fn note(&self, is_asleep: bool) {
+        self.is_asleep.store(is_asleep, Ordering::Relaxed);
+        if !is_asleep {
+            self.is_asked.store(false, Ordering::SeqCst);
+        }
+        self.changed.notify_waiters();
+    }
+
+    /// Ends with the next record. To be enabled before the present one is looked at.
+    pub fn changed(&self) -> Notified<'_> {
+        self.changed.notified()
+    }
+
+    /// Requests that wait now.
+    fn is_awaited(&self) -> bool {
+        self.waiting.load(Ordering::SeqCst) > 0
+    }
+}
+
+/// A place among the requests that wait for one sandbox; free again when dropped.
+pub struct Place(Arc<Wake>);
+
+impl Place {
+    /// None if as many wait as may.
+    pub fn take(wake: &Arc<Wake>, max: u32) -> Option<Self> {
+        let place = Self(Arc::clone(wake));
+        (wake.waiting.fetch_add(1, Ordering::SeqCst) < max).then_some(place)
+    }
+
+    /// The sandbox.
+    pub fn wake(&self) -> &Wake {
+        &self.0
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// A sandbox that somebody has been asked to wake.
+struct Asked {
+    first: Instant,
+    again: Instant,
+    /// The connection that was asked last.
+    connection: Option<u64>,
+}
+
+/// Asks for what the workers want, again and again until it is there or nobody wants it any more.
+/// `patience`: how long bytes of a tunnel, which do not wait, are worth asking.
+pub async fn serve(
+    control: Rc<Control>,
+    table: Arc<Table>,
+    mut knocks: UnboundedReceiver<Box<str>>,
+    patience: Duration,
+) {
+    let mut asked: HashMap<Box<str>, Asked> = HashMap::new();
+    loop {
+        let due = asked.values().map(|one| one.again).min();
+        let idle = async {
+            match due {
+                Some(due) => tokio::time::sleep_until(due.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            knock = knocks.recv() => {
+                // The senders are the workers: without them the process ends.
+                let Some(id) = knock else { return };
+                let now = Instant::now();
+                asked.insert(id, Asked { first: now, again: now, connection: None });
+            }
+            () = idle => {}
+        }
+        let now = Instant::now();
+        asked.retain(|id, one| is_wanted(&table, id, one, now, patience));
+        for (id, one) in asked.iter_mut().filter(|(_, one)| one.again <= now) {
+            one.connection = control.ask_to_wake(id, one.connection).await;
+            one.again = now + if one.connection.is_some() { ASK_AGAIN } else { ASK_SOON };
+        }
+    }
+}
+
+/// Whether the sandbox still sleeps and somebody is still interested; if not, the next knock counts as the first.
+fn is_wanted(table: &Table, id: &str, one: &Asked, now: Instant, patience: Duration) -> bool {
+    let Some(sandbox) = table.get(id) else { return false };
+    let wake = &sandbox.wake;
+    if wake.is_asleep() && (wake.is_awaited() || now < one.first + patience) {
+        return true;
+    }
+    wake.is_asked.store(false, Ordering::SeqCst);
+    // One that came between the two looks has not knocked.
+    wake.is_asleep() && wake.is_awaited() && wake.ask()
+}
+
+/// The message that asks for a wake.
+pub fn line(id: &str) -> String {
+    json!({"t": "wake", "id": id}).to_string()
+}
+
+/// Passes a wish on to the successor at its control socket. Whether it took it.
+pub async fn relay(socket: &Path, id: &str) -> bool {
+    let send = async {
+        let mut stream = UnixStream::connect(socket).await?;
+        stream.write_all(format!("{}\n", line(id)).as_bytes()).await?;
+        stream.shutdown().await?;
+        // It closes once it has read the line.
+        stream.read_to_end(&mut Vec::new()).await.map(drop)
+    };
+    matches!(timeout(ASK_SOON, send).await, Ok(Ok(())))
+}
