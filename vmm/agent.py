@@ -25,6 +25,8 @@ from vmm.guest import (
     Completed,
     Entry,
     GuestMetrics,
+    HooksRun,
+    HookStage,
     ListeningPort,
     Listing,
     ProcessRecord,
@@ -273,12 +275,26 @@ class Agent:
         hostname: str | None = None,
         env: Mapping[str, str] | None = None,
         unset: Sequence[str] = (),
+        reset: bool = False,
         token: str | None = None,
+        files: Mapping[str, str] | None = None,
+        hooks: HookStage | None = None,
         deadline: float | None = None,
-    ) -> None:
-        """Set what is given: host name, variables of every later process, variables to forget, the connection token."""
-        fields = _given(hostname=hostname, env=None if env is None else dict(env), token=token)
-        await self._repeatable("identity", deadline, unset=list(unset), **fields)
+    ) -> HooksRun:
+        """Set what is given, all of it in one round trip, and then run the hooks of a stage.
+
+        env, unset: variables every later process starts with, and names it does not see; merged with earlier ones
+        unless `reset`. token: what later connections have to show. files: texts by path, each replaced atomically.
+        """
+        fields = _given(hostname=hostname, env=_plain(env), token=token, files=_plain(files), hooks=hooks)
+        reply = await self._repeatable("identity", deadline, unset=list(unset), reset=reset, **fields)
+        return decode(HooksRun, reply)
+
+    async def run_hooks(
+        self, stage: HookStage, *, timeout_s: float | None = None, deadline: float | None = None
+    ) -> HooksRun:
+        """Run what the owner has put below /etc/sandgate/hooks.d for a stage. timeout_s: for all of them together."""
+        return decode(HooksRun, await self._repeatable("hooks", deadline, stage=stage, **_given(timeout_s=timeout_s)))
 
     async def _repeatable(self, name: str, deadline: float | None, **fields: Any) -> dict[str, Any]:
         op = {"op": name, **fields, **self._address}
@@ -291,6 +307,10 @@ class Agent:
 
 def _given(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _plain(mapping: Mapping[str, str] | None) -> dict[str, str] | None:
+    return None if mapping is None else dict(mapping)
 
 
 def _process(exec_id: str | None, pid: int | None) -> dict[str, Any]:

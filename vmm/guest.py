@@ -5,9 +5,40 @@ Field names are those of docs/protocol.md ("Agent operations"). Times are Unix s
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+
+class HookStage(enum.StrEnum):
+    """When the programs below `/etc/sandgate/hooks.d/<stage>` run inside a machine."""
+
+    BEFORE_SNAPSHOT = "before-snapshot"
+    AFTER_RESTORE = "after-restore"
+    BEFORE_PAUSE = "before-pause"
+    AFTER_RESUME = "after-resume"
+
+
+@dataclass(frozen=True, slots=True)
+class FailedHook:
+    """A hook that did not go well. reason: `exited`, `signaled`, `timeout`, `not_started` or an agent error's code.
+
+    output: the end of what it printed, at most some kilobytes.
+    """
+
+    path: str
+    reason: str
+    output: str = ""
+    exit_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HooksRun:
+    """Paths of the hooks that went well, and what became of the others."""
+
+    ran: Sequence[str] = ()
+    failed: Sequence[FailedHook] = ()
 
 
 @dataclass(frozen=True, slots=True)

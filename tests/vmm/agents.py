@@ -71,7 +71,7 @@ async def fake_agent() -> AsyncIterator[Rig]:
 
 
 @asynccontextmanager
-async def real_agent(directory: Path) -> AsyncIterator[Rig]:
+async def real_agent(directory: Path, *, hooks: Path = Path("/nonexistent")) -> AsyncIterator[Rig]:
     """Started for the test on a port of the system's choice, as the user who runs the tests."""
     token = secrets.token_hex(32)
     process = await asyncio.create_subprocess_exec(
@@ -79,6 +79,8 @@ async def real_agent(directory: Path) -> AsyncIterator[Rig]:
         "--listen",
         "127.0.0.1:0",
         "--print-port",
+        "--hooks",
+        str(hooks),
         stdout=asyncio.subprocess.PIPE,
         env={"PATH": os.environ["PATH"], "HOME": str(directory), "SANDGATE_AGENT_TOKEN": token},
         cwd=directory,

@@ -17,7 +17,7 @@ from tests.vmm.agents import Rig, fake_agent, real_agent
 from tests.vmm.faults import random_budgets
 from vmm.agent import Agent
 from vmm.errors import AgentError, LinkError
-from vmm.guest import Command, FileEvent, ProcessExit
+from vmm.guest import Command, FailedHook, FileEvent, HooksRun, HookStage, ProcessExit
 from vmm.link import Link
 from vmm.stream import CREDIT_BYTES, STDOUT
 
@@ -410,6 +410,33 @@ async def test_identity_reaches_later_processes_and_the_token(rig: Rig) -> None:
     rig.token = "t2"
     rig.relay.cut()
     await rig.agent.metrics(deadline=soon())
+
+
+async def test_identity_replaces_what_was_there_before(rig: Rig) -> None:
+    await rig.agent.identity(env={"OLD": "1"})
+    path = f"{rig.root}/hosts"
+    for _ in range(2):
+        run = await rig.agent.identity(reset=True, env={"NEW": "1"}, files={path: "me\n"})
+        assert not run.failed
+    assert await rig.agent.read_bytes(path, size_max=100) == b"me\n"
+    done = await rig.agent.run(new_id(), Command(argv=["env"]), deadline=soon())
+    assert b"NEW=1\n" in done.stdout
+    assert b"OLD" not in done.stdout
+
+
+async def test_a_stage_without_hooks_runs_nothing(rig: Rig) -> None:
+    assert await rig.agent.run_hooks(HookStage.BEFORE_PAUSE, deadline=soon()) == HooksRun([], [])
+
+
+async def test_a_failing_hook_is_told(tmp_path: Path) -> None:
+    hooks = tmp_path / "hooks.d"
+    hooks.mkdir()
+    hook = hooks / "before-snapshot"
+    hook.write_text("#!/bin/sh\necho no room >&2; exit 7\n")
+    hook.chmod(0o755)
+    async with real_agent(tmp_path, hooks=hooks) as rig:
+        run = await rig.agent.run_hooks(HookStage.BEFORE_SNAPSHOT, deadline=soon())
+    assert run.failed == [FailedHook(str(hook), "exited", "no room\n", 7)]
 
 
 async def _uncut(rig: Rig, work: Awaitable[T]) -> T:

@@ -31,8 +31,9 @@ logger = logging.getLogger(__name__)
 
 Dial = Callable[[Callable[[], asyncio.Protocol]], Awaitable[object]]
 
+#: For the answer to an operation of hostd's own.
+CALL_TIMEOUT_S = 10.0
 _HELLO_TIMEOUT_S = 5.0
-_CALL_TIMEOUT_S = 10.0
 #: A booting agent listens within tens of milliseconds; one that is gone needs no haste.
 _REDIAL_MIN_S, _REDIAL_MAX_S = 0.003, 0.5
 _REDIAL_GROWTH = 1.3
@@ -87,7 +88,7 @@ class AgentLine:
 
     def __init__(self, name: str, dial: Dial, token: str) -> None:
         self.is_up = asyncio.Event()
-        self._name = name
+        self.name = name
         self._dial = dial
         self._token = token
         self._wire: FrameProtocol | None = None
@@ -112,19 +113,15 @@ class AgentLine:
         stream.send((frames.OPEN, 0, stream.id, 0, payload))
         return stream
 
-    async def call(self, op: Mapping[str, Any], content: bytes | None = None) -> dict[str, Any]:
-        """Run an operation of hostd's own. content: what to send as input, for operations that take some.
+    async def call(self, op: Mapping[str, Any], *, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Any]:
+        """Run an operation of hostd's own.
 
         Raises AgentError when it is refused, MachineError(`agent_unreachable`) when there is no answer in time.
         """
         reply = _Reply()
         stream = self.open(reply, orjson.dumps(op))
         try:
-            if content is not None:
-                if content:
-                    stream.send((frames.DATA, 0, stream.id, 0, content))
-                stream.send((frames.END, 0, stream.id, len(content), b""))
-            async with asyncio.timeout(_CALL_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 return await reply.result
         except TimeoutError as error:
             raise MachineError(
@@ -254,7 +251,7 @@ class AgentLine:
         try:
             self._on_frame(frame)
         except LinkError as error:
-            logger.warning("machine %s: its agent broke the protocol: %s", self._name, error.message)
+            logger.warning("machine %s: its agent broke the protocol: %s", self.name, error.message)
             wire.abort(error)
 
     def _on_frame(self, frame: Frame) -> None:

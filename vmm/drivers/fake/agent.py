@@ -332,13 +332,17 @@ class ServerStream:
         self._reply({"written": len(data)})
 
     async def op_identity(self) -> None:
+        for path, text in (self._op.get("files") or {}).items():
+            self._guest.files.write(path, text.encode(), mode=None, parents=True, append=False)
         self._guest.hostname = self._op.get("hostname") or self._guest.hostname
+        if self._op.get("reset"):
+            self._guest.env.clear()
         self._guest.env |= self._op.get("env") or {}
         for name in self._op.get("unset") or ():
             self._guest.env.pop(name, None)
         if token := self._op.get("token"):
             self._guest.replace_token(token)
-        self._reply({})
+        self._reply(_NO_HOOKS)
 
     async def op_answer(self) -> None:
         self._reply(_ANSWERS[self._op["op"]](self._guest, self._op))
@@ -418,13 +422,17 @@ def _remove(guest: Guest, op: Mapping[str, Any]) -> dict[str, Any]:
     return {"removed": guest.files.remove(op["path"], recursive=op.get("recursive", False))}
 
 
-_ANSWERS: Mapping[str, Callable[[Guest, Mapping[str, Any]], dict[str, Any]]] = {
+#: Nobody's programs can run in here.
+_NO_HOOKS: Mapping[str, Any] = {"ran": [], "failed": []}
+
+_ANSWERS: Mapping[str, Callable[[Guest, Mapping[str, Any]], Mapping[str, Any]]] = {
     "chmod": _chmod,
     "chown": _chown,
     "copy": _copy,
     "list": _list,
     "metrics": lambda guest, _: guest.metrics(),
     "mkdir": _mkdir,
+    "hooks": lambda _, __: _NO_HOOKS,
     # Nothing in here can listen.
     "ports": lambda _, __: {"ports": []},
     "process": lambda guest, op: guest.find_process(op).record(),

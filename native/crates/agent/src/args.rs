@@ -1,15 +1,19 @@
 //! The command line.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use crate::hooks;
 
 const USAGE: &str = "\
-usage: sandgate-agent [--listen ADDRESS:PORT] [--print-port]
+usage: sandgate-agent [--listen ADDRESS:PORT] [--print-port] [--hooks DIRECTORY]
 
 Runs inside a sandbox, usually as PID 1, and serves its host. The connection token is taken from the
 environment variable SANDGATE_AGENT_TOKEN.
 
   --listen ADDRESS:PORT  where to listen (default 0.0.0.0:10700; port 0 picks a free one)
   --print-port           print the port once listening
+  --hooks DIRECTORY      programs to run around snapshots and pauses (default /etc/sandgate/hooks.d)
   --version              print the version
   --help                 print this
 ";
@@ -18,6 +22,7 @@ environment variable SANDGATE_AGENT_TOKEN.
 pub struct Args {
     pub listen: SocketAddr,
     pub print_port: bool,
+    pub hooks: PathBuf,
 }
 
 /// Why there is nothing to serve.
@@ -31,7 +36,11 @@ pub enum Stop {
 
 impl Args {
     pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Self, Stop> {
-        let mut parsed = Self { listen: SocketAddr::from(([0, 0, 0, 0], 10_700)), print_port: false };
+        let mut parsed = Self {
+            listen: SocketAddr::from(([0, 0, 0, 0], 10_700)),
+            print_port: false,
+            hooks: PathBuf::from(hooks::DIRECTORY),
+        };
         let mut arguments = arguments.into_iter();
         while let Some(argument) = arguments.next() {
             match argument.as_str() {
@@ -41,6 +50,10 @@ impl Args {
                     parsed.listen = value.parse().map_err(mistake)?;
                 }
                 "--print-port" => parsed.print_port = true,
+                "--hooks" => match arguments.next() {
+                    Some(directory) if !directory.is_empty() => parsed.hooks = directory.into(),
+                    _ => return Err(Stop::Mistake("--hooks: a directory is missing".to_owned())),
+                },
                 "--version" => return Err(Stop::Answer(format!("sandgate-agent {}\n", env!("CARGO_PKG_VERSION")))),
                 "--help" | "-h" => return Err(Stop::Answer(USAGE.to_owned())),
                 other => return Err(Stop::Mistake(format!("unknown argument {other:?}\n{USAGE}"))),
@@ -69,6 +82,8 @@ mod tests {
         assert_eq!(parse("--listen 127.0.0.1:0 --print-port").unwrap().listen.port(), 0);
         assert!(matches!(parse("--listen"), Err(Stop::Mistake(_))));
         assert!(matches!(parse("--listen here"), Err(Stop::Mistake(_))));
+        assert_eq!(parse("--hooks /x").unwrap().hooks, PathBuf::from("/x"));
+        assert!(matches!(parse("--hooks"), Err(Stop::Mistake(_))));
         assert!(matches!(parse("--frobnicate"), Err(Stop::Mistake(_))));
         assert!(matches!(parse("--help"), Err(Stop::Answer(_))));
     }

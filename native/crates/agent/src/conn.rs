@@ -264,6 +264,17 @@ impl Conn {
         self.fail(stream, error);
     }
 
+    /// The process that a stream is to follow could not be started.
+    pub fn on_start_failed(&mut self, stream: u32, error: &OpError, core: &mut Core) {
+        match self.streams.get_mut(&stream) {
+            Some(Slot { stream: Stream::Setup(setup), .. }) => {
+                setup.on_start_failed(error);
+                self.wake(stream);
+            }
+            _ => self.abort(stream, error, core),
+        }
+    }
+
     fn drop_stream(&mut self, stream: u32, core: &mut Core) {
         let key = self.key(stream);
         if let Some(slot) = self.streams.remove(&stream) {

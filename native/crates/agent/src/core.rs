@@ -9,6 +9,7 @@ use crate::identity::Identity;
 use crate::poller::Poller;
 use crate::pool::Pool;
 use crate::process::{Host, Processes, Spawned, StreamKey};
+use crate::streams::Prepared;
 use crate::timers::Timers;
 use crate::watch::WatchStep;
 
@@ -28,6 +29,7 @@ pub enum Outcome {
     Read(OpResult<ReadStep>),
     Write(OpResult<WriteStep>),
     Watch(OpResult<WatchStep>),
+    Prepared(OpResult<Prepared>),
 }
 
 pub struct Core {

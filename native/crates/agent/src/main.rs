@@ -12,6 +12,7 @@ mod core;
 mod env_unsafe;
 mod error;
 mod files;
+mod hooks;
 mod identity;
 mod metrics;
 mod ops;
@@ -88,6 +89,7 @@ fn serve(args: &Args, token: String) -> std::io::Result<()> {
         users: Arc::new(Users::new("/etc/passwd", "/etc/group")),
         logins: Logins::default(),
         null: OpenOptions::new().read(true).write(true).open("/dev/null")?.into(),
+        hooks: args.hooks.clone(),
         env: std::env::vars_os()
             .filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)))
             .filter(|(key, _)| !key.starts_with(OWN_PREFIX) && !OF_OUR_PARENT.contains(&key.as_str()))

@@ -17,7 +17,7 @@ use crate::ports;
 use crate::process::{
     Asked, Command, Draft, From, Record, Request, Size, State, StreamKey, Wanted, signal, signal_from_json, spawn,
 };
-use crate::streams::{ExecStream, ReadStream, Stream, WatchStream, WriteStream};
+use crate::streams::{ExecStream, ReadStream, SetIdentity, SetupStream, Stream, WatchStream, WriteStream};
 use crate::watch::{WatchArguments, Watcher};
 use sandgate_frame::WINDOW_BYTES;
 
@@ -48,6 +48,7 @@ pub fn open(key: StreamKey, payload: &[u8], core: &mut Core) -> OpResult<Opened>
         "signal" => send_signal(&parse(payload)?, core),
         "stdin" => write_stdin(&parse(payload)?, core),
         "identity" => set_identity(parse(payload)?, core),
+        "hooks" => Ok(opened(Stream::Setup(SetupStream::hooks(&parse(payload)?)?))),
         "read" => Ok(opened(Stream::Read(ReadStream::new(files::FileReader::new(parse(payload)?))))),
         "write" => {
             let writer = files::FileWriter::new(parse(payload)?, Arc::clone(&core.host));
@@ -301,28 +302,13 @@ fn write_stdin(arguments: &Stdin, core: &mut Core) -> OpResult<Opened> {
     Ok(Opened::Reply(to_json(&json!({"written": written}))?))
 }
 
-#[derive(Deserialize)]
-struct SetIdentity {
-    hostname: Option<String>,
-    #[serde(default)]
-    env: BTreeMap<String, String>,
-    #[serde(default)]
-    unset: Vec<String>,
-    token: Option<String>,
-}
-
 fn set_identity(arguments: SetIdentity, core: &mut Core) -> OpResult<Opened> {
+    arguments.check()?;
     check_env(&arguments.env)?;
-    if let Some(token) = &arguments.token {
-        checked(token.clone(), "token", 256)?;
+    if arguments.is_immediate() {
+        // In order with what the client asks for next, without waiting for the answer.
+        arguments.take_effect(core)?;
+        return Ok(Opened::Reply(SetupStream::NOTHING_RAN.to_vec()));
     }
-    if let Some(hostname) = &arguments.hostname {
-        nix::unistd::sethostname(hostname)
-            .map_err(|errno| OpError::of_errno(errno, &format!("cannot set the host name {hostname:?}")))?;
-    }
-    if let Some(token) = arguments.token {
-        core.token = token;
-    }
-    Arc::make_mut(&mut core.identity).update(arguments.env, arguments.unset);
-    Ok(Opened::Reply(b"{}".to_vec()))
+    Ok(opened(Stream::Setup(SetupStream::identity(arguments)?)))
 }

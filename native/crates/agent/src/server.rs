@@ -156,7 +156,7 @@ impl Server {
                 Outcome::Spawned { serial, result: Err(error) } => {
                     for reader in self.core.processes.failed(serial) {
                         if let Some(conn) = self.conns.get_mut(&reader.conn) {
-                            conn.abort(reader.stream, &error, &mut self.core);
+                            conn.on_start_failed(reader.stream, &error, &mut self.core);
                             self.touched.insert(reader.conn);
                         }
                     }

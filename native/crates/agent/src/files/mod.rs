@@ -15,7 +15,7 @@ pub use entry::stat;
 pub use list::list;
 pub use path::{check_place, checked_path};
 pub use read::{FileReader, ReadStep};
-pub use write::{FileWriter, WriteStep};
+pub use write::{FileWriter, Write, WriteStep};
 
 use std::ffi::OsString;
 use std::os::fd::{AsRawFd, OwnedFd};

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -52,6 +52,8 @@ pub struct Host {
     pub users: Arc<Users>,
     pub logins: Logins,
     pub null: OwnedFd,
+    /// Directory of the programs that run around snapshots and pauses.
+    pub hooks: PathBuf,
     pub env: BTreeMap<String, String>,
     pub nofile: Option<(u64, u64)>,
     pub reset_oom_score: bool,

@@ -353,6 +353,13 @@ impl Processes {
         }
     }
 
+    /// Nobody will ask for it any more.
+    pub fn dismiss(&mut self, serial: u64) {
+        if self.get(serial).is_some_and(|process| process.state == State::Finished) {
+            self.forget(serial);
+        }
+    }
+
     fn forget(&mut self, serial: u64) {
         self.finished.retain(|other| *other != serial);
         let Some(process) = self.by_serial.remove(&serial) else { return };

@@ -2,11 +2,13 @@
 
 mod exec;
 mod read;
+mod setup;
 mod watch;
 mod write;
 
 pub use exec::ExecStream;
 pub use read::ReadStream;
+pub use setup::{Prepared, SetIdentity, SetupStream};
 pub use watch::WatchStream;
 pub use write::WriteStream;
 
@@ -33,6 +35,7 @@ pub enum Stream {
     Read(ReadStream),
     Write(WriteStream),
     Watch(WatchStream),
+    Setup(SetupStream),
 }
 
 impl Stream {
@@ -44,6 +47,7 @@ impl Stream {
             Self::Read(stream) => Ok(stream.advance(key, sender, core)),
             Self::Write(stream) => Ok(stream.advance(key, sender, core)),
             Self::Watch(stream) => Ok(stream.advance(key, sender, core)),
+            Self::Setup(stream) => stream.advance(key, sender, core),
         }
     }
 
@@ -91,6 +95,7 @@ impl Stream {
             (Self::Read(stream), Outcome::Read(step)) => stream.on_step(step?),
             (Self::Write(stream), Outcome::Write(step)) => stream.on_step(step?),
             (Self::Watch(stream), Outcome::Watch(step)) => stream.on_step(key, step?, core),
+            (Self::Setup(stream), Outcome::Prepared(paths)) => stream.on_prepared(paths?),
             _ => {}
         }
         Ok(())
@@ -101,6 +106,7 @@ impl Stream {
         match self {
             Self::Exec(stream) => core.processes.detach(stream.serial, key, &mut core.timers),
             Self::Watch(stream) => drop(core.watches.remove(&stream.serial)),
+            Self::Setup(stream) => stream.abandon(key, core),
             // What a worker holds is dropped when it comes back; an unfinished write removes its file.
             Self::Call | Self::Read(_) | Self::Write(_) => {}
         }

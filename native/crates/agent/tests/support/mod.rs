@@ -23,8 +23,10 @@ pub struct Agent {
 
 impl Agent {
     pub fn start() -> Self {
+        let dir = TempDir::new().unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_sandgate-agent"))
-            .args(["--listen", "127.0.0.1:0", "--print-port"])
+            .args(["--listen", "127.0.0.1:0", "--print-port", "--hooks"])
+            .arg(dir.path().join("hooks.d"))
             .env("SANDGATE_AGENT_TOKEN", TOKEN)
             .env("INHERITED", "yes")
             .stdout(Stdio::piped())
@@ -33,7 +35,7 @@ impl Agent {
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let address = SocketAddr::from(([127, 0, 0, 1], line.trim().parse().expect("a port")));
-        Self { child, address, dir: TempDir::new().unwrap() }
+        Self { child, address, dir }
     }
 
     pub fn pid(&self) -> u32 {
