@@ -64,6 +64,9 @@ class Settings:
     https_redirect: Annotated[bool, Row("Redirect requests of the public listener to https.")] = False
     admin_listen: Annotated[str, Row("Address of /metrics, /healthz and /readyz. Keep it private.")] = "127.0.0.1:9090"
     domain: Annotated[str, Row("Previews live at `<port>-<slug>.sandbox.<domain>`.")] = "localhost"
+    api_origins: Annotated[
+        str, Row("Origins whose pages may call the API from a browser, comma-separated, or `*`; empty: none.")
+    ] = ""
     public_url: Annotated[
         str,
         Row(
@@ -328,6 +331,7 @@ def _check_together(settings: Settings) -> None:
         except ValueError as error:
             raise SettingsError(f"{env_name(name)}: {error}") from None
     _check_networks(settings)
+    _check_origins(settings)
     _check_tls(settings)
     if settings.listen == settings.admin_listen and settings.public_port != 0:
         raise SettingsError("SANDGATE_ADMIN_LISTEN must differ from SANDGATE_LISTEN")
@@ -338,6 +342,13 @@ def _check_together(settings: Settings) -> None:
         raise SettingsError("SANDGATE_SANDBOX_TIMEOUT_S is over SANDGATE_SANDBOX_TIMEOUT_MAX_S")
     if settings.public_url and not settings.public_url.startswith(("http://", "https://")):
         raise SettingsError(f"SANDGATE_PUBLIC_URL={settings.public_url}: must start with http:// or https://")
+
+
+def _check_origins(settings: Settings) -> None:
+    for origin in words(settings.api_origins):
+        parts = urlsplit(origin)
+        if origin != "*" and (parts.scheme not in {"http", "https"} or origin != f"{parts.scheme}://{parts.netloc}"):
+            raise SettingsError(f"SANDGATE_API_ORIGINS: {origin} is not an origin such as https://app.example.com")
 
 
 def _check_tls(settings: Settings) -> None:

@@ -51,6 +51,8 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path) -> No
         ("TLS_LISTEN", "443", "is not host:port"),
         ("HTTPS_REDIRECT", "true", "needs SANDGATE_TLS_LISTEN"),
         ("PUBLIC_URL", "example.com", "must start with http"),
+        ("API_ORIGINS", "app.example", "is not an origin"),
+        ("API_ORIGINS", "*, https://app.example/", "is not an origin"),
         ("SANDBOX_MEMORY_MIB", "99999", "is over SANDGATE_SANDBOX_MEMORY_MIB_MAX"),
         ("SANDBOX_TIMEOUT_S", "1e9", "is over"),
         ("CONFIG", "/does/not/exist.toml", "No such file"),

@@ -31,6 +31,9 @@ pub struct Config {
     /// Unix socket on which the API controls this process; made with mode 0600.
     #[arg(long)]
     pub control_socket: PathBuf,
+    /// Origin whose pages may call the API, or "*"; may be given several times.
+    #[arg(long)]
+    pub api_origin: Vec<String>,
     /// Domain below which previews live; may be given several times.
     #[arg(long, default_value = "localhost")]
     pub domain: Vec<String>,

@@ -277,7 +277,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
                 self.finished(failure.code.status(), Some(failure.code), Some(request_id));
                 self.write(&bytes).await.is_err().then_some(Exit::Closed)
             }
-            AnswerKind::Redirect { status, head } => {
+            AnswerKind::Whole { status, head } => {
                 self.finished(status, None, None);
                 let outcome = self.write(&head).await;
                 if outcome.is_err() {

@@ -317,7 +317,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
         if self.watch.is_answering.get() { Broken::Aborted } else { Broken::Failed(failure) }
     }
 
-    fn compose(&self, head: &[u8], out: &mut HeadBuf) -> Result<(Response, Reply), Broken> {
+    fn compose(&self, head: &[u8], out: &mut HeadBuf) -> Result<(Response, Reply<'_>), Broken> {
         let mut fields = self.worker.fields.take();
         let composed = response::parse(head, self.forward.audience.is_head, &mut fields).map(|response| {
             let is_switch = response.status == 101 && self.forward.is_upgrade;
@@ -329,7 +329,8 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
                 && !is_unchunked
                 && !self.worker.is_draining.get();
             let is_preview = self.forward.sandbox.is_some();
-            let reply = Reply { minor: self.forward.minor, is_keep_alive, is_switch, is_unchunked, is_preview };
+            let terms = self.forward.terms.as_ref();
+            let reply = Reply { minor: self.forward.minor, is_keep_alive, is_switch, is_unchunked, is_preview, terms };
             compose::response(&mut out.0, head, &fields, &response, reply);
             (response, reply)
         });
@@ -351,7 +352,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
     async fn pass_body(
         &self,
         response: &Response,
-        answer: Reply,
+        answer: Reply<'_>,
         head: &[u8],
         reply: &mut Inbox,
     ) -> Result<(), Broken> {

@@ -27,6 +27,8 @@ pub enum Code {
     TokenInvalid,
     /// What was presented has expired.
     TokenExpired,
+    /// A page of this origin may not read the preview, or the API.
+    OriginDenied,
     /// A limit on connections.
     TooManyConnections,
     /// The sandbox's server broke off, or spoke no HTTP.
@@ -56,7 +58,7 @@ struct Row {
 }
 
 /// Number of codes; indexes counters.
-pub const CODES: usize = 19;
+pub const CODES: usize = 20;
 
 impl Code {
     /// Every code.
@@ -71,6 +73,7 @@ impl Code {
         Self::TokenMissing,
         Self::TokenInvalid,
         Self::TokenExpired,
+        Self::OriginDenied,
         Self::TooManyConnections,
         Self::UpstreamBroke,
         Self::UpstreamTimeout,
@@ -129,6 +132,9 @@ impl Code {
                 None,
                 "This token or key has expired. Ask for a new link.",
             ),
+            Self::OriginDenied => {
+                row("origin_denied", 403, "Forbidden", None, "Pages of this origin may not read this address.")
+            }
             Self::TooManyConnections => row(
                 "too_many_connections",
                 503,

@@ -23,6 +23,7 @@ use crate::connection;
 use crate::http::fields::Field;
 use crate::http2;
 use crate::metrics::Counters;
+use crate::policy::Policy;
 use crate::pool::Pool;
 use crate::table::{Sandbox, Table};
 use crate::tls;
@@ -108,6 +109,8 @@ pub struct Shared {
     pub drain: watch::Receiver<Drain>,
     /// Takes the ids of sandboxes to be woken.
     pub knocks: UnboundedSender<Box<str>>,
+    /// What other sites may do with the API.
+    pub api_policy: Option<Arc<Policy>>,
 }
 
 /// What the connections of one worker share.
@@ -128,6 +131,8 @@ pub struct Worker {
     pub access_log: Option<RefCell<AccessLog>>,
     /// Everything that the sweep looks at.
     pub watches: Watches,
+    /// What other sites may do with the API.
+    pub api_policy: Option<Arc<Policy>>,
     knocks: UnboundedSender<Box<str>>,
     started: Instant,
     now_ms: Cell<u64>,
@@ -210,6 +215,7 @@ pub fn run(shared: Shared, counters: Arc<Counters>, listeners: Vec<Listener>, ac
         fields: RefCell::default(),
         access_log: access_log.map(RefCell::new),
         watches: Watches::default(),
+        api_policy: shared.api_policy,
         knocks: shared.knocks,
         started: Instant::now(),
         now_ms: Cell::new(0),
