@@ -155,11 +155,20 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class DirectoryListing:
+    """Entries of a directory; `is_truncated` when there are more than one answer holds."""
+
+    entries: tuple[FileEntry, ...]
+    is_truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class FileTree:
-    """A directory with everything below it down to the depth asked for."""
+    """A directory with everything below it down to the depth asked for; its root says whether that is cut short."""
 
     entry: FileEntry
     children: tuple[FileTree, ...] = ()
+    is_truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
