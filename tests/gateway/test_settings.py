@@ -51,6 +51,8 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path) -> No
         ("TLS_LISTEN", "443", "is not host:port"),
         ("HTTPS_REDIRECT", "true", "needs SANDGATE_TLS_LISTEN"),
         ("PUBLIC_URL", "example.com", "must start with http"),
+        ("TRUSTED_PROXIES", "10.0.0.0/8, proxy.example", "does not appear to be"),
+        ("PLANE_HEAD_FIELDS_MAX", "257", "must be at most 256"),
         ("API_ORIGINS", "app.example", "is not an origin"),
         ("API_ORIGINS", "*, https://app.example/", "is not an origin"),
         ("SANDBOX_MEMORY_MIB", "99999", "is over SANDGATE_SANDBOX_MEMORY_MIB_MAX"),

@@ -15,6 +15,7 @@ pub const HTTP: &str = "http";
 pub const HTTPS: &str = "https";
 
 /// The connection as an upstream is told of it.
+#[derive(Clone)]
 pub struct Peer {
     /// The client's address, for `X-Forwarded-For`.
     pub address: Box<str>,
@@ -22,6 +23,8 @@ pub struct Peer {
     pub forwarded_for: Box<str>,
     /// `http` or `https`.
     pub proto: &'static str,
+    /// A proxy whose word about the client counts.
+    pub is_trusted: bool,
 }
 
 impl Peer {
@@ -30,7 +33,7 @@ impl Peer {
         let is_v6 = address.is_ipv6();
         let address = address.to_string().into_boxed_str();
         let forwarded_for = if is_v6 { format!("\"[{address}]\"").into() } else { address.clone() };
-        Self { address, forwarded_for, proto }
+        Self { address, forwarded_for, proto, is_trusted: false }
     }
 
     /// Whether nobody on the way to us can listen.

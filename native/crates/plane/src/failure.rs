@@ -41,6 +41,8 @@ pub enum Code {
     RequestTimeout,
     /// The request's head is too large.
     HeadTooLarge,
+    /// The request's body is too large.
+    BodyTooLarge,
     /// Not a method for a gateway.
     MethodUnsupported,
     /// Not HTTP/1.0 or 1.1.
@@ -58,7 +60,7 @@ struct Row {
 }
 
 /// Number of codes; indexes counters.
-pub const CODES: usize = 20;
+pub const CODES: usize = 21;
 
 impl Code {
     /// Every code.
@@ -80,6 +82,7 @@ impl Code {
         Self::BadRequest,
         Self::RequestTimeout,
         Self::HeadTooLarge,
+        Self::BodyTooLarge,
         Self::MethodUnsupported,
         Self::VersionUnsupported,
         Self::ApiUnavailable,
@@ -163,6 +166,9 @@ impl Code {
                 None,
                 "The request's header is too large.",
             ),
+            Self::BodyTooLarge => {
+                row("body_too_large", 413, "Content Too Large", None, "The request's body is too large for a preview.")
+            }
             Self::MethodUnsupported => {
                 row("method_unsupported", 501, "Not Implemented", None, "This method is not supported.")
             }

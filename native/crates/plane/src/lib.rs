@@ -38,6 +38,7 @@ pub mod pump;
 pub mod server;
 pub mod table;
 pub mod tls;
+pub mod trust;
 pub mod tunnel;
 pub mod wake;
 pub mod watch;

@@ -18,6 +18,7 @@ use crate::metrics::Class;
 use crate::policy::{Policy, Terms, Visit};
 use crate::pool::Target;
 use crate::table::{Found, Live, Sandbox, State};
+use crate::trust;
 use crate::worker::Worker;
 
 /// The port that an `https` address need not name.
@@ -143,6 +144,11 @@ impl From<HeadError> for Failure {
 /// its connection.
 pub fn prepare(worker: &Worker, peer: &Peer, head: &[u8], fields: &mut Vec<Field>) -> Result<Decision, Failure> {
     let request = request::parse(head, fields)?;
+    if fields.len() > worker.config.limits.head_fields_max as usize {
+        return Err(Code::HeadTooLarge.into());
+    }
+    let told = peer.is_trusted.then(|| trust::client_of(&worker.config.trusted_proxy, peer, head, fields));
+    let peer = told.as_ref().unwrap_or(peer);
     let name = HostName::parse(&head[request.host.clone()])
         .map_err(|_| Failure { code: Code::BadRequest, detail: Some("The Host header does not hold a host name.") })?;
     let draft = Draft { worker, peer, head, fields, request: &request };
@@ -261,6 +267,9 @@ impl Draft<'_> {
                 Err(failure(Code::SandboxPaused))
             };
         }
+        if !self.is_within_size() {
+            return Err(failure(Code::BodyTooLarge));
+        }
         let slot = Slot::take(&sandbox, self.worker.config.limits.sandbox_connections_max)
             .ok_or_else(|| failure(Code::TooManyConnections))?;
         sandbox.touch();
@@ -271,6 +280,12 @@ impl Draft<'_> {
         forward.slot = Some(slot);
         forward.terms = terms;
         Ok(Decision::Now(Plan::Forward(Box::new(forward))))
+    }
+
+    /// A body of chunks shows its size as it comes.
+    fn is_within_size(&self) -> bool {
+        let bytes_max = self.worker.config.limits.body_bytes_max;
+        !matches!(self.request.framing, Framing::Length(length) if bytes_max != 0 && length > bytes_max)
     }
 
     fn forward(&self, target: Target, preview: Option<(&Credentials, IpAddr, u16)>) -> Forward {

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
 use crate::access_log::AccessLog;
-use crate::compose::{HTTP, HTTPS, Peer};
+use crate::compose::{HTTP, HTTPS};
 use crate::config::{Config, duration, ms};
 use crate::connection;
 use crate::http::fields::Field;
@@ -27,6 +27,7 @@ use crate::policy::Policy;
 use crate::pool::Pool;
 use crate::table::{Sandbox, Table};
 use crate::tls;
+use crate::trust;
 use crate::watch::{SWEEP_MS, Watch, Watches};
 
 /// After an accept that failed for want of descriptors or memory.
@@ -57,9 +58,11 @@ impl Census {
         let mut by_client = self.by_client.lock().unwrap_or_else(PoisonError::into_inner);
         let of_client = by_client.entry(client).or_default();
         *of_client += 1;
-        let is_within = total <= config.limits.connections_max && *of_client <= config.limits.client_connections_max;
+        // A proxy stands for many clients.
+        let is_one_too_many =
+            *of_client > config.limits.client_connections_max && !trust::is_trusted(&config.trusted_proxy, client);
         drop(by_client);
-        is_within.then_some(seat)
+        (total <= config.limits.connections_max && !is_one_too_many).then_some(seat)
     }
 }
 
@@ -285,7 +288,9 @@ fn start(
     let acceptor = acceptor.cloned();
     tokio::task::spawn_local(async move {
         match (&seat, acceptor) {
-            (Some(_), None) => connection::serve(&worker, &watch, stream, Peer::new(client, HTTP)).await,
+            (Some(_), None) => {
+                connection::serve(&worker, &watch, stream, trust::peer(&worker.config, client, HTTP)).await;
+            }
             // In a box: a plain connection, of which there may be very many, need not have room for one of TLS.
             (Some(_), Some(acceptor)) => Box::pin(serve_tls(&worker, &watch, &acceptor, stream, client)).await,
             (None, None) => connection::turn_away(&worker, stream).await,
@@ -308,7 +313,7 @@ async fn serve_tls(worker: &Rc<Worker>, watch: &Rc<Watch>, acceptor: &TlsAccepto
     if stream.get_ref().1.alpn_protocol() == Some(tls::ALPN_HTTP2) {
         http2::serve(worker, watch, stream, client).await;
     } else {
-        connection::serve(worker, watch, stream, Peer::new(client, HTTPS)).await;
+        connection::serve(worker, watch, stream, trust::peer(&worker.config, client, HTTPS)).await;
     }
 }
 
