@@ -22,7 +22,7 @@ from gateway.dialects.miosa import MiosaDialect
 from gateway.endpoint import routes as make_routes
 from gateway.engine import Context, Engine
 from gateway.engine.routes import PlaneRoutes
-from gateway.engine.watcher import MachineWatcher
+from gateway.engine.watcher import HostWatcher
 from gateway.entry import BodyLimits, Entry, Mounted
 from gateway.events import EventLog
 from gateway.idempotency import IdempotencyStore
@@ -33,6 +33,7 @@ from gateway.reconciler import Reconciler
 from gateway.settings import Settings, load
 from gateway.store import Database, open_database
 from gateway.undelivered import Undelivered
+from gateway.wakes import WakeRelay
 from gateway.worker import Checks, Parts, Worker, every, healthz, metrics_page, readyz
 from previews.errors import PlaneError
 from previews.plane import PlaneClient
@@ -57,7 +58,7 @@ async def open_worker(settings: Settings) -> AsyncGenerator[Parts, None]:
     """Everything one worker needs, connected."""
     metrics.forget_dead_workers()
     async with contextlib.AsyncExitStack() as stack:
-        engine, plane, activity = await stack.enter_async_context(_connect(settings))
+        engine, plane, activity, wakes = await stack.enter_async_context(_connect(settings))
         context = engine.context
         limits = stack.enter_context(contextlib.closing(Limits(settings.lmdb_dir / "limits")))
         idempotency = IdempotencyStore(
@@ -90,7 +91,8 @@ async def open_worker(settings: Settings) -> AsyncGenerator[Parts, None]:
             entry=_entry(settings, phases, checks),
             background={
                 "activity": activity.run,
-                "watcher": MachineWatcher(context, engine.sandboxes).run,
+                "watcher": HostWatcher(engine).run,
+                "wakes": wakes.run,
                 "reconciler": Reconciler(engine).run,
                 "flush": lambda: every(_FLUSH_EVERY_S, [authenticator.flush]),
                 "sweep": lambda: every(_SWEEP_EVERY_S, [limits.sweep, undelivered.sweep]),
@@ -101,14 +103,14 @@ async def open_worker(settings: Settings) -> AsyncGenerator[Parts, None]:
 @contextlib.asynccontextmanager
 async def open_engine(settings: Settings) -> AsyncGenerator[Engine, None]:
     """The engine without a server; the plane, if it runs, hears of what is changed."""
-    async with _connect(settings) as (engine, plane, _):
+    async with _connect(settings) as (engine, plane, *_):
         with contextlib.suppress(PlaneError):
             await plane.wait_connected(_CHECK_WITHIN_S)
         yield engine
 
 
 @contextlib.asynccontextmanager
-async def _connect(settings: Settings) -> AsyncGenerator[tuple[Engine, PlaneClient, ActivityRelay], None]:
+async def _connect(settings: Settings) -> AsyncGenerator[tuple[Engine, PlaneClient, ActivityRelay, WakeRelay], None]:
     """The engine with its connections; those to hostd and the plane are made when their ends are there."""
     async with contextlib.AsyncExitStack() as stack:
         database = open_database(settings.effective_database_url)
@@ -116,20 +118,27 @@ async def _connect(settings: Settings) -> AsyncGenerator[tuple[Engine, PlaneClie
         host = await stack.enter_async_context(HostClient(str(settings.hostd_socket)))
         activity = ActivityRelay(host)
 
+        async def wake(sandbox_id: str) -> None:
+            await engine.pausing.wake(sandbox_id)
+
         async def sync() -> None:
             await plane.sync(routes.snapshot)
 
-        # What the plane says needs `routes` and `events`, which need the plane; it says nothing before it is entered.
+        wakes = WakeRelay(wake)
+        # What the plane says needs what needs the plane; it says nothing before it is entered.
         plane = PlaneClient(
             str(settings.plane_socket),
             on_poke=lambda _topic, _seq: events.wake(),
             on_activity=activity.note,
+            on_wake=wakes.note,
             on_new_epoch=sync,
         )
         routes = PlaneRoutes(database, plane)
         events = EventLog(database, routes.poke)
+        engine = Engine(Context(database, host, routes, events, settings))
         await stack.enter_async_context(plane)
-        yield Engine(Context(database, host, routes, events, settings)), plane, activity
+        stack.push_async_callback(engine.close)
+        yield engine, plane, activity, wakes
 
 
 def _terms(settings: Settings) -> Terms:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gateway.resources import Attribution, PreviewPolicy, SandboxState
+from gateway.resources import Attribution, BuildSpec, IdleAction, SandboxState
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +20,13 @@ class CreateSandbox:
 
     effect_id: UUID that becomes the sandbox's id; a repeated command with the same id never makes a second one.
     timeout_s: seconds after which it is destroyed; ignored when always_on.
+    snapshot_id: start from this snapshot instead of a template; its sizes then hold.
+    is_persistent: its timeout pauses it instead of destroying it.
     """
 
     effect_id: str
     template: str | None = None
+    snapshot_id: str | None = None
     name: str | None = None
     slug: str | None = None
     cpu_count: float | None = None
@@ -32,6 +35,10 @@ class CreateSandbox:
     timeout_s: float | None = None
     idle_timeout_s: float | None = None
     always_on: bool = False
+    idle_action: IdleAction | None = None
+    auto_resume: bool | None = None
+    hibernate_after_s: float | None = None
+    is_persistent: bool = False
     env: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     tags: Sequence[str] = ()
@@ -74,6 +81,9 @@ class UpdateSandbox:
     metadata: Mapping[str, Any] | None = None
     idle_timeout_s: float | None = None
     always_on: bool | None = None
+    idle_action: IdleAction | None = None
+    auto_resume: bool | None = None
+    hibernate_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +99,95 @@ class DestroySandbox:
     """End it. Destroying a destroyed sandbox is not an error; an unknown one is."""
 
     sandbox_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PauseSandbox:
+    """Stop its processes where they are. hibernate: also move its memory to disk. Pausing twice is no error."""
+
+    sandbox_id: str
+    hibernate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeSandbox:
+    """Let it go on where it stood. Resuming one that runs is no error."""
+
+    sandbox_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForkSandbox:
+    """Copy a sandbox, or one of its snapshots, `count` times. None leaves a value as the original has it.
+
+    effect_id: UUID from which the copies' ids are made; a repeated command never makes more of them.
+    """
+
+    sandbox_id: str
+    effect_id: str
+    count: int = 1
+    snapshot_id: str | None = None
+    name: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] | None = None
+    tags: Sequence[str] | None = None
+    timeout_s: float | None = None
+    external_user_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CreateSnapshot:
+    """Save its memory and files of one instant; it runs on.
+
+    effect_id: UUID that becomes the snapshot's id.
+    is_awaited: answer when it is ready, not as soon as the instant is caught.
+    """
+
+    sandbox_id: str
+    effect_id: str
+    label: str | None = None
+    is_awaited: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ListSnapshots:
+    """Snapshots of a sandbox, or (None) of the workspace, newest first."""
+
+    sandbox_id: str | None = None
+    page: int = 1
+    page_size: int = 20
+
+
+@dataclass(frozen=True, slots=True)
+class GetSnapshot:
+    """By id. sandbox_id: it must be one of this sandbox."""
+
+    snapshot_id: str
+    sandbox_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteSnapshot:
+    """Remove it. One that a sandbox is being made from stays."""
+
+    snapshot_id: str
+    sandbox_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FollowSnapshot:
+    """The snapshot as it is, then each change until it is ready or has failed."""
+
+    snapshot_id: str
+    sandbox_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreSandbox:
+    """Put a sandbox back to the memory and files of a snapshot. What it did since then is gone."""
+
+    sandbox_id: str
+    snapshot_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,7 +495,7 @@ class StreamLogs:
 
 @dataclass(frozen=True, slots=True)
 class CreatePreview:
-    """Open a port. Opening it again changes its visibility and policy, if given, and keeps its id.
+    """Open a port. Opening it again changes its visibility, if given, and keeps its id.
 
     visibility_if_new: what a port gets that was not open, if no visibility is given.
     """
@@ -406,17 +505,6 @@ class CreatePreview:
     port: int
     visibility: Literal["public", "private"] | None = None
     visibility_if_new: Literal["public", "private"] = "private"
-    policy: PreviewPolicy | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class UpdatePreview:
-    """Change what is given. policy replaces the whole policy."""
-
-    sandbox_id: str
-    preview_id: str
-    visibility: Literal["public", "private"] | None = None
-    policy: PreviewPolicy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -499,7 +587,7 @@ class RevokeApiKey:
 
 @dataclass(frozen=True, slots=True)
 class ListTemplates:
-    """All templates."""
+    """The host's templates and those of the workspace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -507,6 +595,75 @@ class GetTemplate:
     """By id, name or alias."""
 
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CreateTemplate:
+    """A template of the workspace; its first build begins at once.
+
+    effect_id: UUID that becomes its id.  slug: its name in other commands, made from `name` if None.
+    """
+
+    effect_id: str
+    name: str
+    spec: BuildSpec
+    slug: str | None = None
+    description: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteTemplate:
+    """Remove one of the workspace's. One that a sandbox is being made from stays."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class BuildTemplate:
+    """Build it again, from a new specification if one is given. The old build serves until the new one is ready."""
+
+    name: str
+    effect_id: str
+    spec: BuildSpec | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ListBuilds:
+    """Builds of a template, newest first."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class GetBuild:
+    """One build."""
+
+    build_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelBuild:
+    """Stop a build. One that has ended stays as it is."""
+
+    build_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class GetBuildLog:
+    """What a build has written, at most `lines` from the end."""
+
+    build_id: str
+    lines: int = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class StreamBuildLog:
+    """Lines after the cursor (None: from the start), then those that come, at last the Build that has ended."""
+
+    build_id: str
+    after_seq: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +36,8 @@ CODES: dict[str, Code] = {
     "not_found": Code("caller", False, "No such resource in this workspace."),
     "sandbox_not_found": Code("caller", False, "No sandbox with that id or name in this workspace."),
     "template_not_found": Code("caller", False, "No template with that name."),
+    "build_not_found": Code("caller", False, "No build of a template with that id in this workspace."),
+    "snapshot_not_found": Code("caller", False, "No such snapshot, or its sandbox is another one."),
     "preview_not_found": Code("caller", False, "No such preview."),
     "process_not_found": Code("caller", False, "No such process in this sandbox."),
     "path_not_found": Code("caller", False, "No such file or directory in the sandbox."),
@@ -47,13 +49,23 @@ CODES: dict[str, Code] = {
         "caller", False, "The command cannot be started: not found, not executable, no such user or directory."
     ),
     "sandbox_not_running": Code("caller", False, "The sandbox is not running (any more)."),
+    "sandbox_paused": Code("caller", False, "The sandbox is paused and does not wake by itself; resume it first."),
+    "snapshot_not_ready": Code("caller", True, "The snapshot is still being taken, or taking it has failed."),
+    "snapshot_in_use": Code("caller", True, "A sandbox is being made from the snapshot."),
+    "snapshot_incompatible": Code(
+        "caller", False, "The snapshot does not fit: other sizes, another template, or another release of the runtime."
+    ),
+    "snapshot_too_large": Code("caller", False, "The sandbox's memory and files are over the limit of a snapshot."),
+    "template_not_ready": Code("caller", True, "The template has no build that succeeded."),
+    "template_in_use": Code("caller", True, "A sandbox is being made from the template."),
+    "build_spec_invalid": Code("caller", False, "The template's specification is wrong; details name the field."),
     "conflict": Code("caller", False, "The resource's state forbids the operation."),
     "name_taken": Code("caller", False, "Another living sandbox of this workspace has that name."),
     "idempotency_mismatch": Code("caller", False, "The idempotency key was used before with another request."),
     "idempotency_in_progress": Code("caller", True, "The first request with this idempotency key has not finished."),
     "too_large": Code("caller", False, "The body or file is over the limit of this route."),
     "rate_limited": Code("caller", True, "Too many requests; Retry-After says when to come back."),
-    "quota_exceeded": Code("caller", True, "The workspace runs as many sandboxes as it may."),
+    "quota_exceeded": Code("caller", True, "The workspace has as many sandboxes, snapshots or templates as it may."),
     "unsupported": Code("caller", False, "This server does not offer that operation."),
     "timeout": Code("sandbox", True, "The operation did not finish within its time limit."),
     "disk_full": Code("sandbox", False, "The sandbox's disk is full."),
@@ -61,6 +73,9 @@ CODES: dict[str, Code] = {
     "no_capacity": Code("host", True, "No host has room for another sandbox now."),
     "host_unavailable": Code("host", True, "The host of this sandbox cannot be reached now."),
     "boot_failed": Code("host", True, "The sandbox could not be started."),
+    "snapshot_failed": Code("host", True, "The snapshot could not be taken; the sandbox runs on."),
+    "snapshot_corrupt": Code("host", False, "The snapshot's files are damaged; nothing was started from them."),
+    "wake_timeout": Code("host", True, "The paused sandbox did not wake in time."),
     "internal": Code("us", True, "A fault of ours; the request id finds it in the log."),
 }
 
@@ -83,7 +98,6 @@ class GatewayError(Exception):
         *,
         details: Sequence[FieldProblem] = (),
         retry_after_s: float | None = None,
-        allowed_methods: Collection[str] = (),
     ) -> None:
         super().__init__(f"{code}: {message}")
         self.row = CODES[code]
@@ -91,7 +105,6 @@ class GatewayError(Exception):
         self.message = message
         self.details = tuple(details)
         self.retry_after_s = retry_after_s
-        self.allowed_methods = tuple(sorted(allowed_methods))
 
     @property
     def source(self) -> Source:

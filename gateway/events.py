@@ -17,7 +17,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from gateway.resources import Event, Sandbox
+from gateway.resources import Event, Sandbox, Snapshot
 from gateway.store import Database
 from gateway.store import events as rows
 
@@ -39,6 +39,21 @@ def sandbox_event(
         resource_id=sandbox.id,
         at=time.time() if at is None else at,
         data=data,
+    )
+
+
+def checkpoint_event(
+    connection: sa.Connection, kind: str, snapshot: Snapshot, *, at: float | None = None, **data: Any
+) -> None:
+    """Append `checkpoint.<kind>` in the caller's transaction."""
+    rows.append(
+        connection,
+        kind=f"checkpoint.{kind}",
+        workspace_id=snapshot.workspace_id,
+        resource_type="snapshot",
+        resource_id=snapshot.id,
+        at=time.time() if at is None else at,
+        data={"snapshot_id": snapshot.id, "sandbox_id": snapshot.sandbox_id, **data},
     )
 
 

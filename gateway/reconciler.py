@@ -6,7 +6,12 @@ One worker at a time does it, the holder of a lease. Each difference has one rig
     sandbox running without a machine         record it as destroyed (lost, or the machine's own cause)
     sandbox provisioning for too long         running if its machine runs, else error
     sandbox past its end                      destroy it
+    sandbox running, machine paused, or v. v. record what the machine is
     machine with other timers than SQL has    tell the host
+    snapshot pending, nobody taking it        what the host has of it; error if that is nothing
+    snapshot ready without an image           error
+    snapshot deleting                         delete its image, then its row
+    image that belongs to nothing             delete it
 
 Nothing here is needed while all goes well: creating, destroying and the host's own timers do the same at once.
 """
@@ -22,6 +27,8 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from gateway.engine import Engine
+from gateway.engine.images import ImageReconciler
+from gateway.engine.sandboxes import has_other_timers, timers
 from gateway.errors import GatewayError
 from gateway.resources import Sandbox, SandboxState
 from gateway.store import events, leases, previews, sandboxes, tickets
@@ -59,6 +66,7 @@ class Reconciler:
         self._engine = engine
         self._context = engine.context
         self._pace = pace or Pace()
+        self._images = ImageReconciler(engine, young_s=self._pace.orphan_s)
         self._holder = str(uuid.uuid4())
         self._pruned_at = 0.0
 
@@ -115,16 +123,16 @@ class Reconciler:
             _log.warning("sandbox %s outlived its end, destroying it", sandbox.id)
             await self._engine.sandboxes.end(sandbox, SandboxState.DESTROYED, StopCause.TIMEOUT)
             await self._context.host.destroy_machine(sandbox.id, StopCause.TIMEOUT)
-        elif (machine.expires_at, machine.idle_timeout_s) != (sandbox.expires_at, sandbox.idle_timeout_s):
-            await self._context.host.update_machine(
-                sandbox.id, expires_at=sandbox.expires_at, idle_timeout_s=sandbox.idle_timeout_s
-            )
+        else:
+            await self._engine.pausing.follow(machine)
+            if has_other_timers(sandbox, machine):
+                await self._context.host.update_machine(sandbox.id, **timers(sandbox))
 
     async def _settle_provisioning(self, sandbox: Sandbox, machine: MachineInfo | None) -> None:
         if machine is not None and _is_there(machine):
             _log.info("sandbox %s came up after its creator left", sandbox.id)
             try:
-                await self._engine.sandboxes.finish(sandbox)
+                await self._engine.creation.finish(sandbox)
             except GatewayError as error:
                 _log.warning("sandbox %s could not be finished: %s", sandbox.id, error)
         else:
@@ -176,4 +184,4 @@ def prune(connection: sa.Connection, now: float, pace: Pace) -> None:
 
 
 def _is_there(machine: MachineInfo) -> bool:
-    return machine.state in {MachineState.PREPARING, MachineState.RUNNING}
+    return machine.state not in {MachineState.STOPPING, MachineState.STOPPED, MachineState.FAILED}

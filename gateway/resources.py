@@ -6,7 +6,7 @@ Times are Unix seconds (float). A dialect turns them into its own spelling and n
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -14,13 +14,49 @@ T = TypeVar("T")
 
 
 class SandboxState(enum.StrEnum):
-    """provisioning → running → destroyed | error. A destroyed sandbox stays readable for a while."""
+    """provisioning → running ⇄ paused → destroyed | error. A destroyed sandbox stays readable for a while."""
 
     PROVISIONING = "provisioning"
     RUNNING = "running"
     PAUSED = "paused"
     DESTROYED = "destroyed"
     ERROR = "error"
+
+
+class IdleAction(enum.StrEnum):
+    """What becomes of a sandbox that nobody used for its idle time."""
+
+    DESTROY = "destroy"
+    PAUSE = "pause"
+    KEEP = "keep"
+
+
+class PauseKind(enum.StrEnum):
+    """How a paused sandbox waits: frozen in memory, or hibernated on the host's disk."""
+
+    FROZEN = "frozen"
+    HIBERNATED = "hibernated"
+
+
+class SnapshotState(enum.StrEnum):
+    """pending → ready | error. `deleting` is one whose image is being removed; nobody is shown it."""
+
+    PENDING = "pending"
+    READY = "ready"
+    ERROR = "error"
+    DELETING = "deleting"
+
+
+class BuildState(enum.StrEnum):
+    """queued → building → certifying (start command, probe) → snapshotting → ready; or failed, or cancelled."""
+
+    QUEUED = "queued"
+    BUILDING = "building"
+    CERTIFYING = "certifying"
+    SNAPSHOTTING = "snapshotting"
+    READY = "ready"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +85,12 @@ class Attribution:
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """A customer's sandbox. `slug` is its name in preview hosts; `stop_cause` a `vmm.types.StopCause` value."""
+    """A customer's sandbox. `slug` is its name in preview hosts; `stop_cause` a `vmm.types.StopCause` value.
+
+    base_template: the host's template under `template`.  image_id: the memory image it starts from, if any.
+    snapshot_id: the snapshot it was made from or last restored to.  parent_id: the sandbox it is a copy of.
+    paused_s: seconds of its pauses that have ended; the present one began at `paused_at`.
+    """
 
     id: str
     workspace_id: str
@@ -58,6 +99,7 @@ class Sandbox:
     slug: str
     state: SandboxState
     template: str
+    base_template: str
     cpu_count: float
     memory_mib: int
     disk_mib: int
@@ -77,6 +119,15 @@ class Sandbox:
     stop_cause: str | None
     stop_detail: str | None
     boot_ms: float | None
+    image_id: str | None = None
+    snapshot_id: str | None = None
+    parent_id: str | None = None
+    idle_action: IdleAction = IdleAction.DESTROY
+    auto_resume: bool = True
+    hibernate_after_s: float | None = None
+    paused_at: float | None = None
+    pause_kind: PauseKind | None = None
+    paused_s: float = 0.0
     preview_url: str | None = None
 
 
@@ -155,20 +206,11 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class DirectoryListing:
-    """Entries of a directory; `is_truncated` when there are more than one answer holds."""
-
-    entries: tuple[FileEntry, ...]
-    is_truncated: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class FileTree:
-    """A directory with everything below it down to the depth asked for; its root says whether that is cut short."""
+    """A directory with everything below it down to the depth asked for."""
 
     entry: FileEntry
     children: tuple[FileTree, ...] = ()
-    is_truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,19 +224,6 @@ class FileChange:
 
 
 @dataclass(frozen=True, slots=True)
-class PreviewPolicy:
-    """What pages of other sites may do with a preview. None leaves it to the server in the sandbox.
-
-    allowed_origins: whose scripts may read it, `*` for all.  allow_credentials: also with cookies and keys.
-    frame_ancestors: who may show it in a frame; empty for nobody.
-    """
-
-    allowed_origins: Sequence[str] | None = None
-    allow_credentials: bool = False
-    frame_ancestors: Sequence[str] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Preview:
     """A port of a sandbox opened on a host of its own. private: owner's key, browser token or share only."""
 
@@ -202,7 +231,6 @@ class Preview:
     sandbox_id: str
     port: int
     visibility: Literal["public", "private"]
-    policy: PreviewPolicy
     url: str
     created_at: float
 
@@ -244,17 +272,148 @@ class ApiKey:
 
 
 @dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A sandbox's memory and files of one instant.
+
+    step, progress: how far a pending one is, 0 to 1.  size_bytes, stored_bytes: before and after compression.
+    pause_ms: how long the sandbox stood still for it.  parent_id: the snapshot its sandbox came from.
+    error_code: one of `gateway.errors.CODES`.
+    """
+
+    id: str
+    workspace_id: str
+    sandbox_id: str
+    parent_id: str | None
+    label: str | None
+    state: SnapshotState
+    step: str | None
+    progress: float
+    template: str
+    base_template: str
+    cpu_count: float
+    memory_mib: int
+    disk_mib: int
+    env: Mapping[str, str]
+    size_bytes: int | None
+    stored_bytes: int | None
+    pause_ms: float | None
+    created_at: float
+    ready_at: float | None
+    error_code: str | None
+    error_detail: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Template:
-    """A template sandboxes start from. `aliases` are other names it answers to."""
+    """A template sandboxes start from. `aliases` are other names it answers to, each with what it really is.
+
+    A built-in one is the host's and starts cold or from the host's pool. Any other belongs to a workspace and was
+    built from `spec`: sandboxes are restored from the memory image `image_id` of its newest good build, and have its
+    sizes.
+    """
 
     id: str
     name: str
     description: str
-    aliases: tuple[str, ...]
+    aliases: Mapping[str, str]
     digest: str
     size_bytes: int
     packages: tuple[str, ...]
     created_at: float
+    slug: str = ""
+    is_built_in: bool = True
+    state: Literal["building", "ready", "failed"] = "ready"
+    base_template: str = ""
+    image_id: str | None = None
+    build_id: str | None = None
+    cpu_count: float | None = None
+    memory_mib: int | None = None
+    disk_mib: int | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    spec: BuildSpec | None = None
+    updated_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BuildStep:
+    """One step of a build. Packages for apt, pip and npm; a shell line for run; a path and its content for file."""
+
+    kind: Literal["apt", "pip", "npm", "run", "file"]
+    packages: tuple[str, ...] = ()
+    command: str = ""
+    path: str = ""
+    content: str = ""
+    mode: int = 0o644
+
+    @property
+    def name(self) -> str:
+        """The step in one line, for logs and errors."""
+        what = {"run": self.command, "file": self.path}.get(self.kind) or " ".join(self.packages)
+        return f"{self.kind} {' '.join(what.split())}"[:200]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """When what the start command started is ready: a shell line succeeds, or a port answers (with HTTP: below 500)."""
+
+    kind: Literal["command", "http", "port"]
+    command: str = ""
+    port: int = 0
+    path: str = "/"
+    timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class BuildSpec:
+    """What a template is made of. `base` is another template; sizes that are None are the base's or the default."""
+
+    base: str
+    steps: tuple[BuildStep, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    workdir: str = "/workspace"
+    user: str | None = None
+    start_command: str | None = None
+    probe: Probe | None = None
+    preview_port: int | None = None
+    cpu_count: float | None = None
+    memory_mib: int | None = None
+    disk_mib: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One run of a template's specification. `step` counts from 1; `error_code` is one of `gateway.errors.CODES`."""
+
+    id: str
+    template_id: str
+    workspace_id: str
+    machine_id: str
+    spec: BuildSpec
+    metadata: Mapping[str, Any]
+    state: BuildState
+    step: int
+    step_name: str | None
+    steps: int
+    error_code: str | None
+    error_detail: str | None
+    log_bytes: int
+    size_bytes: int | None
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    alive_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class BuildLine:
+    """One line of a build's log. `seq` is the cursor; stream `system` is the builder itself."""
+
+    seq: int
+    at: float
+    step: int
+    stream: Literal["stdout", "stderr", "system"]
+    text: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,11 @@ from gateway.store import sandboxes as rows
 from vmm.agent import Agent
 from vmm.client import HostClient
 
+#: In these a sandbox may still be used some day.
+LIVING = (SandboxState.PROVISIONING, SandboxState.RUNNING, SandboxState.PAUSED)
+#: In these a sandbox has a machine.
+STARTED = (SandboxState.RUNNING, SandboxState.PAUSED)
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -36,15 +41,21 @@ class Context:
         return owned(found, principal)
 
     async def running(self, principal: Principal, sandbox_id: str) -> Sandbox:
-        """One that runs. Raises sandbox_not_found or sandbox_not_running."""
-        sandbox = await self.sandbox(principal, sandbox_id)
-        if sandbox.state is not SandboxState.RUNNING:
-            raise not_running(sandbox)
-        return sandbox
+        """One that runs. Raises sandbox_not_found, sandbox_not_running or sandbox_paused."""
+        return require(await self.sandbox(principal, sandbox_id), SandboxState.RUNNING)
+
+    async def started(self, principal: Principal, sandbox_id: str) -> Sandbox:
+        """One that runs or is paused. Raises sandbox_not_found or sandbox_not_running."""
+        return require(await self.sandbox(principal, sandbox_id), *STARTED)
 
     async def agent(self, principal: Principal, sandbox_id: str, *, roots: Sequence[str] | None = None) -> Agent:
-        """The agent of one that runs, confined to `roots` if given. Raises sandbox_not_found, sandbox_not_running."""
-        return self.host.agent((await self.running(principal, sandbox_id)).id, roots=roots)
+        """The agent of one that runs or wakes when it is used, confined to `roots` if given.
+
+        Raises sandbox_not_found, sandbox_not_running, sandbox_paused.
+        """
+        sandbox = await self.sandbox(principal, sandbox_id)
+        require_usable(sandbox)
+        return self.host.agent(sandbox.id, roots=roots)
 
 
 def owned(sandbox: Sandbox | None, principal: Principal) -> Sandbox:
@@ -59,7 +70,21 @@ def owned_row(connection: sa.Connection, principal: Principal, sandbox_id: str) 
     return owned(rows.get(connection, sandbox_id), principal)
 
 
+def require(sandbox: Sandbox, *states: SandboxState) -> Sandbox:
+    """The sandbox, if it is in one of the states. Raises sandbox_not_running or sandbox_paused."""
+    if sandbox.state not in states:
+        raise not_running(sandbox)
+    return sandbox
+
+
+def require_usable(sandbox: Sandbox) -> None:
+    """Raise unless it runs, or is paused and wakes by itself: the host does that for whoever uses it."""
+    require(sandbox, *(STARTED if sandbox.auto_resume else (SandboxState.RUNNING,)))
+
+
 def not_running(sandbox: Sandbox) -> GatewayError:
     """The error for an operation on a sandbox that does not run, with the reason if there is one."""
+    if sandbox.state is SandboxState.PAUSED:
+        return GatewayError("sandbox_paused", "The sandbox is paused; resume it first.")
     reason = f" ({sandbox.stop_cause})" if sandbox.stop_cause else ""
     return GatewayError("sandbox_not_running", f"The sandbox is {sandbox.state.value}{reason}.")

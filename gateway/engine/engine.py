@@ -11,14 +11,18 @@ from collections.abc import AsyncGenerator
 
 from gateway.commands import StreamEvents
 from gateway.engine.context import Context
+from gateway.engine.creation import CreationService
 from gateway.engine.environment import EnvironmentService
 from gateway.engine.execution import ExecutionService
 from gateway.engine.files import FileService
+from gateway.engine.forks import ForkService
 from gateway.engine.insight import InsightService
 from gateway.engine.keys import KeyService
 from gateway.engine.logs import LogService
+from gateway.engine.pausing import PauseService
 from gateway.engine.previews import PreviewService
 from gateway.engine.sandboxes import SandboxService
+from gateway.engine.snapshots import SnapshotService
 from gateway.engine.templates import TemplateService
 from gateway.engine.terminals import TerminalService
 from gateway.engine.tickets import TicketService
@@ -31,12 +35,11 @@ class Engine:
     def __init__(self, context: Context) -> None:
         self.context = context
 
-        templates = TemplateService(context.host)
-        self.list_templates = templates.list
-        self.get_template = templates.get
+        self.templates = TemplateService(context)
+        self.list_templates = self.templates.list
+        self.get_template = self.templates.get
 
-        self.sandboxes = SandboxService(context, templates)
-        self.create_sandbox = self.sandboxes.create
+        self.sandboxes = SandboxService(context)
         self.list_sandboxes = self.sandboxes.list
         self.get_sandbox = self.sandboxes.get
         self.get_sandbox_by_name = self.sandboxes.get_by_name
@@ -44,6 +47,22 @@ class Engine:
         self.extend_sandbox = self.sandboxes.extend
         self.destroy_sandbox = self.sandboxes.destroy
         self.wait_ready = self.sandboxes.wait_ready
+
+        self.snapshots = SnapshotService(context)
+        self.create_snapshot = self.snapshots.create
+        self.list_snapshots = self.snapshots.list
+        self.get_snapshot = self.snapshots.get
+        self.delete_snapshot = self.snapshots.delete
+        self.follow_snapshot = self.snapshots.follow
+        self.restore_sandbox = self.snapshots.restore
+
+        self.creation = CreationService(context, self.sandboxes, self.templates, self.snapshots)
+        self.create_sandbox = self.creation.create
+        self.fork_sandbox = ForkService(context, self.creation, self.snapshots).fork
+
+        self.pausing = PauseService(context)
+        self.pause_sandbox = self.pausing.pause
+        self.resume_sandbox = self.pausing.resume
 
         insight = InsightService(context)
         self.get_metrics = insight.metrics
@@ -95,7 +114,6 @@ class Engine:
         self.create_preview = previews.create
         self.list_previews = previews.list
         self.get_preview = previews.get
-        self.update_preview = previews.update
         self.delete_preview = previews.delete
         self.create_share = previews.create_share
         self.list_shares = previews.list_shares
@@ -105,6 +123,10 @@ class Engine:
         self.create_api_key = keys.create
         self.list_api_keys = keys.list
         self.revoke_api_key = keys.revoke
+
+    async def close(self) -> None:
+        """End what runs beside the requests. The host goes on with what it has been asked for."""
+        await self.snapshots.close()
 
     async def stream_events(self, principal: Principal, command: StreamEvents) -> AsyncGenerator[Event, None]:
         """The workspace's events after the cursor, then those that come."""

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import sqlalchemy as sa
 
 from gateway.commands import DeleteEnv, ListEnv, SetEnv
-from gateway.engine.context import Context, not_running, owned_row
+from gateway.engine.context import Context, owned_row, require_usable
 from gateway.engine.translate import vmm_errors
 from gateway.errors import GatewayError, invalid
-from gateway.resources import Principal, SandboxState
+from gateway.resources import Principal
 from gateway.store import sandboxes as rows
 
 #: Linux refuses to start a process with more than a few hundred KiB of arguments and variables.
@@ -45,8 +45,7 @@ class EnvironmentService:
     ) -> Mapping[str, str]:
         def job(connection: sa.Connection) -> Mapping[str, str]:
             sandbox = owned_row(connection, principal, sandbox_id)
-            if sandbox.state is not SandboxState.RUNNING:
-                raise not_running(sandbox)
+            require_usable(sandbox)
             env = {**sandbox.env, **added}
             for name in removed:
                 if env.pop(name, None) is None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import quote
 
 import sqlalchemy as sa
@@ -17,13 +16,12 @@ from gateway.commands import (
     ListPreviews,
     ListShares,
     RevokeShare,
-    UpdatePreview,
 )
-from gateway.engine.context import Context, not_running, owned_row
+from gateway.engine.context import STARTED, Context, owned_row, require
 from gateway.engine.urls import preview_url
 from gateway.errors import GatewayError, invalid
 from gateway.events import sandbox_event
-from gateway.resources import Preview, PreviewPolicy, Principal, Sandbox, SandboxState, Share
+from gateway.resources import Preview, Principal, Sandbox, Share
 from gateway.settings import Settings
 from gateway.store import previews as rows
 from gateway.store import sandboxes as sandbox_rows
@@ -43,19 +41,19 @@ class PreviewService:
         self._context = context
 
     async def create(self, principal: Principal, command: CreatePreview) -> Preview:
-        """Open a port; opening it again changes its visibility and policy, if given, and keeps its id.
+        """Open a port; opening it again changes its visibility, if given, and keeps its id.
 
         Raises GatewayError: sandbox_not_found, sandbox_not_running, validation_failed.
         """
         if not 1 <= command.port <= 65_535 or command.port == AGENT_PORT:
             raise invalid("port", f"must be between 1 and 65535, and not {AGENT_PORT}")
         now = self._context.clock()
-        policy = _policy_record(command.policy)
 
         def job(connection: sa.Connection, sandbox: Sandbox) -> tuple[Sandbox, PreviewRow]:
-            visibility = command.visibility or command.visibility_if_new
-            wanted = PreviewRow(command.effect_id, sandbox.id, command.port, visibility, now, policy)
-            row = rows.put(connection, wanted, visibility=command.visibility, policy=policy)
+            wanted = PreviewRow(
+                command.effect_id, sandbox.id, command.port, command.visibility or command.visibility_if_new, now
+            )
+            row = rows.put(connection, wanted, visibility=command.visibility)
             sandbox_event(connection, "preview.ready", sandbox, at=now, port=row.port, preview_id=row.id)
             return sandbox, row
 
@@ -72,20 +70,6 @@ class PreviewService:
         """One preview. Raises sandbox_not_found, preview_not_found."""
         sandbox = await self._context.sandbox(principal, command.sandbox_id)
         row = await self._context.database.lookup(lambda connection: _existing(connection, sandbox, command.preview_id))
-        return _preview(row, sandbox, self._context.settings)
-
-    async def update(self, principal: Principal, command: UpdatePreview) -> Preview:
-        """Change visibility and policy, if given.
-
-        Raises GatewayError: sandbox_not_found, sandbox_not_running, preview_not_found, validation_failed.
-        """
-        policy = _policy_record(command.policy)
-
-        def job(connection: sa.Connection, sandbox: Sandbox) -> tuple[Sandbox, PreviewRow]:
-            row = _existing(connection, sandbox, command.preview_id)
-            return sandbox, rows.put(connection, row, visibility=command.visibility, policy=policy)
-
-        sandbox, row = await self._change(principal, command.sandbox_id, job)
         return _preview(row, sandbox, self._context.settings)
 
     async def delete(self, principal: Principal, command: DeletePreview) -> None:
@@ -153,12 +137,10 @@ class PreviewService:
         await self._change(principal, command.sandbox_id, job)
 
     async def _change(self, principal: Principal, sandbox_id: str, job: Callable[[sa.Connection, Sandbox], T]) -> T:
-        """Run a job on a running sandbox's routes, and have the plane know before this returns."""
+        """Run a job on the routes of a sandbox with a machine, and have the plane know before this returns."""
 
         def whole(connection: sa.Connection) -> T:
-            sandbox = owned_row(connection, principal, sandbox_id)
-            if sandbox.state is not SandboxState.RUNNING:
-                raise not_running(sandbox)
+            sandbox = require(owned_row(connection, principal, sandbox_id), *STARTED)
             result = job(connection, sandbox)
             sandbox_rows.touch(connection, sandbox.id)
             return result
@@ -180,21 +162,12 @@ def _preview_not_found() -> GatewayError:
     return GatewayError("preview_not_found", "No preview with that id.")
 
 
-def _policy_record(policy: PreviewPolicy | None) -> dict[str, Any] | None:
-    if policy is None:
-        return None
-    if policy.allow_credentials and "*" in (policy.allowed_origins or ()):
-        raise invalid("policy.allow_credentials", "cannot be given to every origin; list the allowed ones")
-    return asdict(policy)
-
-
 def _preview(row: PreviewRow, sandbox: Sandbox, settings: Settings) -> Preview:
     return Preview(
         id=row.id,
         sandbox_id=row.sandbox_id,
         port=row.port,
         visibility="public" if row.visibility == "public" else "private",
-        policy=PreviewPolicy(**(row.policy or {})),
         url=preview_url(settings, sandbox.slug, row.port),
         created_at=row.created_at,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import sqlalchemy as sa
@@ -19,7 +20,7 @@ from gateway.store import Database, keys, previews, sandboxes
 from gateway.store.previews import PreviewRow, ShareRow
 from previews.errors import PlaneError
 from previews.plane import PlaneClient
-from previews.routes import KeyRoute, PolicyRule, PortRoute, SandboxRoute, ShareRule, Snapshot, TokenRule
+from previews.routes import KeyRoute, PortRoute, SandboxRoute, ShareRule, Snapshot, TokenRule
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ class Routes(Protocol):
 
     async def push(self, sandbox_id: str) -> None:
         """Have what SQL says about a sandbox in force, or dropped when it runs no more."""
+
+    async def push_running(self, sandbox_id: str, address: str) -> None:
+        """Let visitors in to a sandbox that has woken at an address, before SQL says so. `push` has to follow."""
 
     async def push_key(self, key_id: str) -> None:
         """Have a key open its workspace's previews, or nothing when it is revoked."""
@@ -51,19 +55,35 @@ class PlaneRoutes:
 
     async def push(self, sandbox_id: str) -> None:
         """See `Routes.push`."""
-
-        def job(connection: sa.Connection) -> tuple[list[SandboxRoute], int]:
-            found = sandboxes.find_versions(connection, sandbox_id=sandbox_id)
-            return _routes(connection, found, sandbox_id, self._clock()), max((v for _, v in found), default=0)
-
-        routes, version = await self._database.lookup(job)
+        route, version = await self._route(sandbox_id)
         try:
-            if routes:
-                await self._plane.put_sandbox(routes[0])
+            if route is not None:
+                await self._plane.put_sandbox(route)
             else:
                 await self._plane.drop_sandbox(sandbox_id, version)
         except PlaneError as error:
             _note(error)
+
+    async def push_running(self, sandbox_id: str, address: str) -> None:
+        """See `Routes.push_running`."""
+        route, version = await self._route(sandbox_id)
+        if route is None:
+            return
+        try:
+            # Older than any change that is still to be committed, so none of those is lost.
+            await self._plane.put_sandbox(replace(route, v=version + 1, state="running", address=address))
+        except PlaneError as error:
+            _note(error)
+
+    async def _route(self, sandbox_id: str) -> tuple[SandboxRoute | None, int]:
+        """What SQL says now, and the version of it."""
+
+        def job(connection: sa.Connection) -> tuple[SandboxRoute | None, int]:
+            found = sandboxes.find_versions(connection, sandbox_id=sandbox_id)
+            routes = _routes(connection, found, sandbox_id, self._clock())
+            return routes[0] if routes else None, max((v for _, v in found), default=0)
+
+        return await self._database.lookup(job)
 
     async def push_key(self, key_id: str) -> None:
         """See `Routes.push_key`."""
@@ -120,6 +140,8 @@ def _route(sandbox: Sandbox, version: int, opened: Sequence[PreviewRow], shares:
         slug=sandbox.slug,
         owner=sandbox.workspace_id,
         address=sandbox.address or "",
+        state=sandbox.pause_kind.value if sandbox.pause_kind is not None else "running",
+        auto_resume=sandbox.auto_resume,
         ports={
             preview.port: PortRoute(
                 preview.id,
@@ -129,7 +151,6 @@ def _route(sandbox: Sandbox, version: int, opened: Sequence[PreviewRow], shares:
                     for share in shares
                     if share.preview_id == preview.id
                 ],
-                None if preview.policy is None else PolicyRule(**preview.policy),
             )
             for preview in opened
         },

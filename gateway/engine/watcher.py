@@ -1,15 +1,17 @@
-"""Hears from hostd that machines ended, and records it.
+"""Hears from hostd what machines and snapshots do by themselves, and records it.
 
-Every worker listens; the conditional update in `SandboxService.end` lets exactly one of them record each end.
+Every worker listens; conditional updates let exactly one of them record each change.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
 
-from gateway.engine.context import Context
-from gateway.engine.sandboxes import SandboxService
+from gateway.engine.context import STARTED
+from gateway.engine.engine import Engine
 from gateway.resources import SandboxState
 from gateway.store import sandboxes as rows
 from vmm.errors import VmmError
@@ -17,34 +19,44 @@ from vmm.types import MachineInfo, MachineState, StopCause
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _OVER = (MachineState.STOPPED, MachineState.FAILED)
-#: A sandbox that still starts is the business of who starts it: that call fails and says why.
-_STARTED = (SandboxState.RUNNING, SandboxState.PAUSED)
 _RETRY_S = 1.0
 
 
-class MachineWatcher:
-    """Follows one host's machines."""
+class HostWatcher:
+    """Follows one host."""
 
-    def __init__(self, context: Context, sandboxes: SandboxService) -> None:
-        self._context = context
-        self._sandboxes = sandboxes
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._context = engine.context
 
     async def run(self) -> None:
         """Follow until cancelled. A host that cannot be reached is asked again and again."""
-        while True:
-            try:
-                async for machine in self._context.host.events():
-                    await self.note(machine)
-            except VmmError as error:
-                _log.warning("the host's events ended, asking again: %s", error)
-            await asyncio.sleep(_RETRY_S)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(_follow(self._context.host.events, self.note), name="machines")
+            tasks.create_task(
+                _follow(self._context.host.snapshot_events, self._engine.snapshots.note), name="snapshots"
+            )
 
     async def note(self, machine: MachineInfo) -> None:
-        """Record the end of a machine; anything else is nothing new."""
+        """Record that a machine ended, was paused or has woken."""
         if machine.state not in _OVER:
+            await self._engine.pausing.follow(machine)
             return
         sandbox = await self._context.database.lookup(lambda connection: rows.get(connection, machine.id))
-        if sandbox is not None and sandbox.state in _STARTED:
+        # A sandbox that still starts is the business of who starts it: that call fails and says why.
+        if sandbox is not None and sandbox.state in STARTED:
             cause = machine.cause or StopCause.LOST
-            await self._sandboxes.end(sandbox, SandboxState.DESTROYED, cause, machine.detail, only_in=_STARTED)
+            await self._engine.sandboxes.end(sandbox, SandboxState.DESTROYED, cause, machine.detail, only_in=STARTED)
+
+
+async def _follow(events: Callable[[], AsyncIterator[T]], note: Callable[[T], Awaitable[None]]) -> None:
+    while True:
+        try:
+            async for event in events():
+                await note(event)
+        except VmmError as error:
+            _log.warning("the host's events ended, asking again: %s", error)
+        await asyncio.sleep(_RETRY_S)

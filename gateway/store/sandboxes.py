@@ -12,7 +12,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from gateway.resources import Attribution, Sandbox, SandboxState
+from gateway.resources import Attribution, IdleAction, PauseKind, Sandbox, SandboxState
+from gateway.store import pauses
 from gateway.store.schema import LIVING, sandboxes
 from gateway.store.types import has_label
 
@@ -129,6 +130,13 @@ def change(
     return connection.execute(statement).rowcount == 1
 
 
+def end_pause(connection: sa.Connection, sandbox_id: str, at: float) -> None:
+    """Close the books on a sandbox's present pause, if there is one."""
+    rested_s = pauses.end(connection, sandbox_id, at)
+    statement = sa.update(sandboxes).where(sandboxes.c.id == sandbox_id)
+    connection.execute(statement.values(paused_at=None, pause_kind=None, paused_s=sandboxes.c.paused_s + rested_s))
+
+
 def touch(connection: sa.Connection, sandbox_id: str) -> None:
     """Note that something below the sandbox (a preview, a share) changed."""
     connection.execute(sa.update(sandboxes).where(sandboxes.c.id == sandbox_id).values(version=_next_version()))
@@ -181,4 +189,11 @@ def _sandbox(row: sa.Row[Any]) -> Sandbox:
     values = dict(zip(_COLUMNS, row, strict=True))
     del values["version"]
     attribution = Attribution(*(values.pop(name) for name in _ATTRIBUTION))
-    return Sandbox(**values | {"state": SandboxState(values["state"]), "attribution": attribution})
+    kind = values["pause_kind"]
+    values |= {
+        "state": SandboxState(values["state"]),
+        "idle_action": IdleAction(values["idle_action"]),
+        "pause_kind": None if kind is None else PauseKind(kind),
+        "attribution": attribution,
+    }
+    return Sandbox(**values)

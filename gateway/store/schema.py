@@ -63,6 +63,11 @@ sandboxes = sa.Table(
     sa.Column("slug", sa.String(63), nullable=False),
     sa.Column("state", sa.String(16), nullable=False),
     sa.Column("template", sa.String(128), nullable=False),
+    # The host's template below it, and the memory image it starts from, if any.
+    sa.Column("base_template", sa.String(128), nullable=False),
+    sa.Column("image_id", _ID),
+    sa.Column("snapshot_id", _ID),
+    sa.Column("parent_id", _ID),
     sa.Column("cpu_count", sa.Double, nullable=False),
     sa.Column("memory_mib", sa.Integer, nullable=False),
     sa.Column("disk_mib", sa.Integer, nullable=False),
@@ -78,8 +83,15 @@ sandboxes = sa.Table(
     sa.Column("timeout_s", sa.Double),
     sa.Column("idle_timeout_s", sa.Double),
     sa.Column("always_on", sa.Boolean, nullable=False),
+    sa.Column("idle_action", sa.String(8), nullable=False),
+    sa.Column("auto_resume", sa.Boolean, nullable=False),
+    sa.Column("hibernate_after_s", sa.Double),
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("started_at", sa.Double),
+    sa.Column("paused_at", sa.Double),
+    sa.Column("pause_kind", sa.String(16)),
+    # Of the pauses that have ended; `pauses` has each.
+    sa.Column("paused_s", sa.Double, nullable=False),
     sa.Column("destroyed_at", sa.Double),
     sa.Column("expires_at", sa.Double),
     sa.Column("stop_cause", sa.String(32)),
@@ -99,6 +111,107 @@ sandboxes = sa.Table(
     sa.Index("uq_sandboxes_living_slug", "slug", unique=True, sqlite_where=_IS_LIVING, postgresql_where=_IS_LIVING),
 )
 
+pauses = sa.Table(
+    "pauses",
+    metadata,
+    sa.Column("sandbox_id", _ID, sa.ForeignKey("sandboxes.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("began_at", sa.Double, primary_key=True),
+    sa.Column("ended_at", sa.Double),
+)
+
+snapshots = sa.Table(
+    "snapshots",
+    metadata,
+    sa.Column("id", _ID, primary_key=True),
+    sa.Column("workspace_id", _ID, sa.ForeignKey("workspaces.id"), nullable=False),
+    # No foreign keys: a snapshot outlives its sandbox and the snapshot that one came from.
+    sa.Column("sandbox_id", _ID, nullable=False),
+    sa.Column("parent_id", _ID),
+    sa.Column("label", sa.String(500)),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("step", sa.String(16)),
+    sa.Column("progress", sa.Double, nullable=False),
+    sa.Column("template", sa.String(128), nullable=False),
+    sa.Column("base_template", sa.String(128), nullable=False),
+    sa.Column("cpu_count", sa.Double, nullable=False),
+    sa.Column("memory_mib", sa.Integer, nullable=False),
+    sa.Column("disk_mib", sa.Integer, nullable=False),
+    sa.Column("env", sa.JSON, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger),
+    sa.Column("stored_bytes", sa.BigInteger),
+    sa.Column("pause_ms", sa.Double),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("ready_at", sa.Double),
+    sa.Column("error_code", sa.String(64)),
+    sa.Column("error_detail", sa.Text),
+    sa.Index("ix_snapshots_workspace_id_created_at", "workspace_id", "created_at"),
+    sa.Index("ix_snapshots_sandbox_id_created_at", "sandbox_id", "created_at"),
+    sa.Index("ix_snapshots_state", "state"),
+)
+
+templates = sa.Table(
+    "templates",
+    metadata,
+    sa.Column("id", _ID, primary_key=True),
+    sa.Column("workspace_id", _ID, sa.ForeignKey("workspaces.id"), nullable=False),
+    sa.Column("name", sa.String(120), nullable=False),
+    sa.Column("slug", sa.String(80), nullable=False),
+    sa.Column("description", sa.Text, nullable=False),
+    sa.Column("metadata", sa.JSON, nullable=False),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    # Of the newest build that succeeded: what sandboxes start from.
+    sa.Column("build_id", _ID),
+    sa.Column("base_template", sa.String(128)),
+    sa.Column("cpu_count", sa.Double),
+    sa.Column("memory_mib", sa.Integer),
+    sa.Column("disk_mib", sa.Integer),
+    sa.Column("env", sa.JSON, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("updated_at", sa.Double, nullable=False),
+    sa.UniqueConstraint("workspace_id", "slug"),
+)
+
+builds = sa.Table(
+    "builds",
+    metadata,
+    sa.Column("id", _ID, primary_key=True),
+    sa.Column("template_id", _ID, sa.ForeignKey("templates.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("workspace_id", _ID, nullable=False),
+    sa.Column("machine_id", _ID, nullable=False),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("metadata", sa.JSON, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("step", sa.Integer, nullable=False),
+    sa.Column("step_name", sa.String(200)),
+    sa.Column("steps", sa.Integer, nullable=False),
+    sa.Column("error_code", sa.String(64)),
+    sa.Column("error_detail", sa.Text),
+    sa.Column("log_bytes", sa.BigInteger, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("started_at", sa.Double),
+    sa.Column("finished_at", sa.Double),
+    # Who builds says so now and then; one that has fallen silent has died.
+    sa.Column("alive_at", sa.Double, nullable=False),
+    sa.Index("ix_builds_template_id_created_at", "template_id", "created_at"),
+    sa.Index("ix_builds_state", "state"),
+)
+
+build_lines = sa.Table(
+    "build_lines",
+    metadata,
+    sa.Column("seq", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
+    sa.Column("build_id", _ID, sa.ForeignKey("builds.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("step", sa.Integer, nullable=False),
+    sa.Column("stream", sa.String(8), nullable=False),
+    sa.Column("text", sa.Text, nullable=False),
+    sa.Index("ix_build_lines_build_id_seq", "build_id", "seq"),
+    sqlite_autoincrement=True,
+)
+
 previews = sa.Table(
     "previews",
     metadata,
@@ -107,7 +220,6 @@ previews = sa.Table(
     sa.Column("port", sa.Integer, nullable=False),
     sa.Column("visibility", sa.String(16), nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
-    sa.Column("policy", sa.JSON(none_as_null=True)),
     sa.UniqueConstraint("sandbox_id", "port"),
 )
 

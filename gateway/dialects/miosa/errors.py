@@ -24,6 +24,8 @@ TABLE: dict[str, tuple[int, str]] = {
     "not_found": (404, "not_found"),
     "sandbox_not_found": (404, "sandbox_not_found"),
     "template_not_found": (404, "TEMPLATE_NOT_FOUND"),
+    "build_not_found": (404, "not_found"),
+    "snapshot_not_found": (404, "not_found"),
     "preview_not_found": (404, "not_found"),
     "process_not_found": (404, "not_found"),
     "path_not_found": (404, "not_found"),
@@ -33,6 +35,14 @@ TABLE: dict[str, tuple[int, str]] = {
     "permission_denied": (403, "forbidden"),
     "command_invalid": (422, "validation_error"),
     "sandbox_not_running": (409, "conflict"),
+    "sandbox_paused": (409, "sandbox_paused"),
+    "snapshot_not_ready": (409, "SNAPSHOT_NOT_READY"),
+    "snapshot_in_use": (409, "SNAPSHOT_IN_USE"),
+    "snapshot_incompatible": (409, "snapshot_incompatible"),
+    "snapshot_too_large": (413, "snapshot_too_large"),
+    "template_not_ready": (409, "template_not_ready"),
+    "template_in_use": (409, "TEMPLATE_IN_USE"),
+    "build_spec_invalid": (422, "INVALID_BUILDSPEC"),
     "conflict": (409, "conflict"),
     "name_taken": (409, "conflict"),
     "idempotency_mismatch": (422, "idempotency_mismatch"),
@@ -47,6 +57,9 @@ TABLE: dict[str, tuple[int, str]] = {
     "no_capacity": (503, "no_capacity"),
     "host_unavailable": (503, "host_unavailable"),
     "boot_failed": (503, "boot_failed"),
+    "snapshot_failed": (503, "snapshot_failed"),
+    "snapshot_corrupt": (500, "snapshot_corrupt"),
+    "wake_timeout": (504, "wake_timeout"),
     "internal": (500, "internal_error"),
 }
 
@@ -102,8 +115,6 @@ def error_response(error: GatewayError, request_id: str, *, status_sent: bool = 
     headers = {}
     if "retry_after" in inner:
         headers["retry-after"] = str(inner["retry_after"])
-    if error.allowed_methods:
-        headers["allow"] = ", ".join(error.allowed_methods)
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     return Response(orjson.dumps(answer), status, headers, media_type="application/json")

@@ -27,7 +27,7 @@ class EventsQuery(msgspec.Struct, kw_only=True):
     """Which events. types: a comma-separated list of patterns such as `sandbox.*`."""
 
     types: Annotated[str, Meta(max_length=1024)] | None = None
-    resource_type: Literal["sandbox", "computer", "deployment", "api_key"] | None = None
+    resource_type: Literal["sandbox", "snapshot", "template", "computer", "deployment", "api_key"] | None = None
     resource_id: decode.Text | None = None
     last_event_id: decode.Text | None = None
     ticket: str | None = None

@@ -158,12 +158,11 @@ class FileInfo(TypedDict):
 
 
 class Directory(TypedDict):
-    """Entries of a directory, depth first; `truncated` when it has more than the 20,000 that one answer holds."""
+    """Entries of a directory, depth first."""
 
     path: str
     entries: list[FileInfo]
     files: list[FileInfo]
-    truncated: bool
 
 
 class FileContent(TypedDict):
@@ -176,7 +175,7 @@ class FileContent(TypedDict):
 
 
 class Tree(TypedDict):
-    """A directory with everything below it; the root says in `truncated` whether 20,000 entries were not all."""
+    """A directory with everything below it."""
 
     name: str
     path: str
@@ -184,7 +183,6 @@ class Tree(TypedDict):
     size: int
     modified_at: str
     children: list[dict[str, Any]]
-    truncated: NotRequired[bool]
 
 
 class Done(TypedDict):
@@ -353,18 +351,14 @@ async def list_directory(call: Call, query: DirectoryQuery) -> Directory:
 
 async def _list(call: Call, query: DirectoryQuery) -> Directory:
     command = commands.ListDirectory(decode.sandbox_id(call), query.path, first(query.depth, 1))
-    listing = await call.engine.list_directory(call.principal, command)
-    entries = [file_info(item) for item in listing.entries]
-    return Directory(path=query.path, entries=entries, files=entries, truncated=listing.is_truncated)
+    entries = [file_info(item) for item in await call.engine.list_directory(call.principal, command)]
+    return Directory(path=query.path, entries=entries, files=entries)
 
 
 async def get_tree(call: Call, query: DirectoryQuery) -> Tree:
     """A directory as a tree, three levels deep unless `depth` says otherwise."""
     command = commands.GetTree(decode.sandbox_id(call), query.path, first(query.depth, 3))
-    found = await call.engine.get_tree(call.principal, command)
-    answer = tree(found)
-    answer["truncated"] = found.is_truncated
-    return answer
+    return tree(await call.engine.get_tree(call.principal, command))
 
 
 async def stat(call: Call, body: PathRequest) -> FileInfo:

@@ -10,6 +10,7 @@ from gateway.dialects.miosa import (
     keys,
     previews,
     sandboxes,
+    snapshots,
     templates,
     terminals,
     usage,
@@ -20,6 +21,7 @@ from gateway.dialects.miosa.route import Route
 #: Name of each family in the OpenAPI document.
 FAMILIES: dict[str, tuple[Route, ...]] = {
     "Sandboxes": sandboxes.ROUTES,
+    "Snapshots and forks": snapshots.ROUTES,
     "Exec": execution.ROUTES,
     "Terminals": terminals.ROUTES,
     "Files": files.ROUTES,

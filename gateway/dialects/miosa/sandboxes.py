@@ -16,7 +16,7 @@ from gateway.dialects.miosa.decode import first
 from gateway.dialects.miosa.route import EVENT_STREAM, NOTHING, Route, many, one
 from gateway.errors import GatewayError, invalid
 from gateway.pipeline import Call
-from gateway.resources import Attribution, SandboxState
+from gateway.resources import Attribution, IdleAction, SandboxState
 
 READ = "sandboxes:read"
 WRITE = "sandboxes:write"
@@ -34,11 +34,15 @@ SIZES = {"xs": (1.0, 2048), "small": (2.0, 4096), "medium": (4.0, 8192)}
 
 
 class CreateSandboxRequest(msgspec.Struct, kw_only=True):
-    """What to run. `template`, `template_id` and `image` mean the same; so do the spellings of the other fields."""
+    """What to run. `template`, `template_id` and `image` mean the same; so do the spellings of the other fields.
+
+    With `snapshot_id` it starts from a snapshot, whatever the template. `persistent`: its timeout pauses it.
+    """
 
     template: decode.Name | None = None
     template_id: decode.Name | None = None
     image: decode.Name | None = None
+    snapshot_id: decode.Id | None = None
     name: decode.Name | None = None
     slug: decode.Slug | None = None
     size: Literal["xs", "small", "medium"] | None = None
@@ -51,6 +55,12 @@ class CreateSandboxRequest(msgspec.Struct, kw_only=True):
     idle_timeout_ms: Milliseconds | None = None
     idle_timeout_sec: Seconds | None = None
     always_on: bool | None = None
+    persistent: bool | None = None
+    idle_action: IdleAction | None = None
+    on_idle: IdleAction | None = None
+    auto_resume: bool | None = None
+    hibernate_after_ms: Milliseconds | None = None
+    hibernate_after_sec: Seconds | None = None
     env: decode.Env | None = None
     metadata: decode.Metadata | None = None
     tags: decode.Tags | None = None
@@ -71,6 +81,11 @@ class UpdateSandboxRequest(msgspec.Struct, kw_only=True):
     idle_timeout_ms: Milliseconds | None = None
     idle_timeout_sec: Seconds | None = None
     always_on: bool | None = None
+    idle_action: IdleAction | None = None
+    on_idle: IdleAction | None = None
+    auto_resume: bool | None = None
+    hibernate_after_ms: Milliseconds | None = None
+    hibernate_after_sec: Seconds | None = None
 
 
 class SetTagsRequest(msgspec.Struct):
@@ -84,6 +99,12 @@ class ExtendSandboxRequest(msgspec.Struct, kw_only=True):
 
     timeout_ms: Milliseconds | None = None
     timeout_sec: Seconds | None = None
+
+
+class PauseSandboxRequest(msgspec.Struct):
+    """How to pause."""
+
+    hibernate: bool | None = None
 
 
 class ListSandboxesQuery(paging.PageQuery, kw_only=True):
@@ -100,7 +121,10 @@ class ListSandboxesQuery(paging.PageQuery, kw_only=True):
 
 
 class Sandbox(TypedDict):
-    """A sandbox. `timeout_sec` is 0 when it is always on."""
+    """A sandbox. `timeout_sec` is 0 when it is always on; `boot_path` tells what it started from.
+
+    `parent_id` is the sandbox it is a copy of, `snapshot_id` the snapshot it was made from or last restored to.
+    """
 
     id: str
     workspace_id: str
@@ -127,12 +151,21 @@ class Sandbox(TypedDict):
     timeout_remaining_ms: int | None
     idle_timeout_sec: int | None
     always_on: bool
+    persistent: bool
+    idle_action: Literal["destroy", "pause", "keep"]
+    auto_resume: bool
+    hibernate_after_sec: int | None
+    parent_id: str | None
+    snapshot_id: str | None
+    paused_at: str | None
+    pause_kind: Literal["frozen", "hibernated"] | None
+    checkpoint_pending: bool
     metadata: dict[str, Any]
     tags: list[str]
     region: str
     ipv4: str | None
     preview_url: str | None
-    boot_path: Literal["cold"]
+    boot_path: Literal["template", "snapshot", "fork"]
     boot_ms: int | None
     created_at: str
     inserted_at: str
@@ -178,7 +211,6 @@ def sandbox(item: resources.Sandbox) -> Sandbox:
     started_at = iso(item.started_at)
     timeout_s = 0.0 if item.timeout_s is None or item.always_on else item.timeout_s
     remaining_ms = None if item.expires_at is None else max(0, int((item.expires_at - now) * 1000))
-    end = item.destroyed_at if item.destroyed_at is not None else now
     who = item.attribution
     return Sandbox(
         id=item.id,
@@ -206,12 +238,22 @@ def sandbox(item: resources.Sandbox) -> Sandbox:
         timeout_remaining_ms=remaining_ms,
         idle_timeout_sec=None if item.idle_timeout_s is None else int(item.idle_timeout_s),
         always_on=item.always_on,
+        persistent=item.idle_action is IdleAction.PAUSE and item.auto_resume,
+        idle_action=item.idle_action.value,
+        auto_resume=item.auto_resume,
+        hibernate_after_sec=None if item.hibernate_after_s is None else int(item.hibernate_after_s),
+        parent_id=item.parent_id,
+        snapshot_id=item.snapshot_id,
+        paused_at=iso(item.paused_at),
+        pause_kind=None if item.pause_kind is None else item.pause_kind.value,
+        # A pause is answered once it is complete.
+        checkpoint_pending=False,
         metadata=dict(item.metadata),
         tags=list(item.tags),
         region=item.region,
         ipv4=item.address,
         preview_url=item.preview_url,
-        boot_path="cold",
+        boot_path=_boot_path(item),
         boot_ms=None if item.boot_ms is None else round(item.boot_ms),
         created_at=created_at,
         inserted_at=created_at,
@@ -219,10 +261,24 @@ def sandbox(item: resources.Sandbox) -> Sandbox:
         ready_at=started_at,
         destroyed_at=iso(item.destroyed_at),
         expires_at=iso(item.expires_at),
-        total_runtime_sec=0 if item.started_at is None else max(0, int(end - item.started_at)),
+        total_runtime_sec=int(_ran_s(item, now)),
         stop_cause=item.stop_cause,
         stop_detail=item.stop_detail,
     )
+
+
+def _boot_path(item: resources.Sandbox) -> Literal["template", "snapshot", "fork"]:
+    if item.image_id is not None and item.image_id == item.snapshot_id:
+        return "snapshot"
+    return "template" if item.parent_id is None else "fork"
+
+
+def _ran_s(item: resources.Sandbox, now: float) -> float:
+    """Seconds it has run, without its pauses."""
+    if item.started_at is None:
+        return 0.0
+    end: float = first(item.destroyed_at, item.paused_at, now)
+    return max(0.0, end - item.started_at - item.paused_s)
 
 
 def seconds(milliseconds: int | None, given_s: float | None) -> float | None:
@@ -257,9 +313,14 @@ def create_command(call: Call, body: CreateSandboxRequest) -> commands.CreateSan
         cpu_count=first(body.cpu_count, cpu_count),
         memory_mib=first(body.memory_mb, memory_mib),
         disk_mib=first(body.disk_mb, body.disk_size_mb),
+        snapshot_id=body.snapshot_id,
         timeout_s=timeout_s,
         idle_timeout_s=seconds(body.idle_timeout_ms, body.idle_timeout_sec),
         always_on=bool(body.always_on),
+        is_persistent=bool(body.persistent) and not body.always_on,
+        idle_action=first(body.idle_action, body.on_idle),
+        auto_resume=body.auto_resume,
+        hibernate_after_s=seconds(body.hibernate_after_ms, body.hibernate_after_sec),
         env=body.env or {},
         metadata=decode.metadata(body.metadata) or {},
         tags=tuple(body.tags or ()),
@@ -311,6 +372,9 @@ async def update(call: Call, body: UpdateSandboxRequest) -> Sandbox:
         metadata=decode.metadata(body.metadata),
         idle_timeout_s=seconds(body.idle_timeout_ms, body.idle_timeout_sec),
         always_on=body.always_on,
+        idle_action=first(body.idle_action, body.on_idle),
+        auto_resume=body.auto_resume,
+        hibernate_after_s=seconds(body.hibernate_after_ms, body.hibernate_after_sec),
     )
     return sandbox(await call.engine.update_sandbox(call.principal, command))
 
@@ -326,6 +390,26 @@ async def extend(call: Call, body: ExtendSandboxRequest) -> Sandbox:
     timeout_s = seconds(body.timeout_ms, body.timeout_sec)
     command = commands.ExtendSandbox(decode.sandbox_id(call), LIFE_S if timeout_s is None else timeout_s)
     return sandbox(await call.engine.extend_sandbox(call.principal, command))
+
+
+async def pause(call: Call, body: PauseSandboxRequest) -> Sandbox:
+    """Stop its processes where they are; it wakes when it is used.
+
+    With `hibernate` its memory moves to the host's disk as well.
+    """
+    command = commands.PauseSandbox(decode.sandbox_id(call), hibernate=bool(body.hibernate))
+    return sandbox(await call.engine.pause_sandbox(call.principal, command))
+
+
+async def stop(call: Call) -> Sandbox:
+    """Pause it and free its memory; processes go on where they were when it is resumed."""
+    command = commands.PauseSandbox(decode.sandbox_id(call), hibernate=True)
+    return sandbox(await call.engine.pause_sandbox(call.principal, command))
+
+
+async def resume(call: Call) -> Sandbox:
+    """Let a paused sandbox go on."""
+    return sandbox(await call.engine.resume_sandbox(call.principal, commands.ResumeSandbox(decode.sandbox_id(call))))
 
 
 async def destroy(call: Call) -> None:
@@ -405,6 +489,9 @@ ROUTES = (
     Route("DELETE", _ONE, destroy, NOTHING, WRITE),
     Route("PATCH", _ONE + "/tags", set_tags, one(Sandbox), WRITE, SetTagsRequest),
     Route("POST", _ONE + "/extend", extend, one(Sandbox), WRITE, ExtendSandboxRequest),
+    Route("POST", _ONE + "/pause", pause, one(Sandbox), WRITE, PauseSandboxRequest),
+    Route("POST", _ONE + "/stop", stop, one(Sandbox), WRITE),
+    Route("POST", _ONE + "/resume", resume, one(Sandbox), WRITE),
     Route("GET", _ONE + "/readiness", readiness, one(Readiness), READ),
     Route("GET", _ONE + "/readiness/stream", readiness_stream, EVENT_STREAM, READ, terms=_WAIT),
     Route("GET", _ONE + "/metrics", metrics, one(Metrics), READ),

@@ -15,7 +15,7 @@ import pytest
 
 from gateway.commands import CreateSandbox
 from gateway.engine import Context, Engine
-from gateway.engine.plan import plan
+from gateway.engine.plan import Origin, plan
 from gateway.events import EventLog
 from gateway.resources import Principal, Sandbox, SandboxState
 from gateway.settings import Settings
@@ -37,6 +37,9 @@ class Recorder:
 
     async def push(self, sandbox_id: str) -> None:
         self.pushed.append(sandbox_id)
+
+    async def push_running(self, sandbox_id: str, address: str) -> None:
+        self.pushed.append(f"{sandbox_id} running at {address}")
 
     async def push_key(self, key_id: str) -> None:
         self.keys.append(key_id)
@@ -96,7 +99,7 @@ async def offline(tmp_path: Path, database: Database, routes: Recorder, settings
 async def put_running(engine: Engine, principal: Principal, **fields: object) -> Sandbox:
     """A sandbox that SQL takes for running; there is no machine behind it."""
     command = CreateSandbox(effect_id=str(uuid.uuid4()))
-    wanted = plan(principal, command, engine.context.settings, template="default", now=time.time())
+    wanted = plan(principal, command, engine.context.settings, origin=Origin("default", "default"), now=time.time())
     running = replace(wanted, state=SandboxState.RUNNING, started_at=time.time(), address="10.0.0.2")
     sandbox = replace(running, **fields)  # type: ignore[arg-type]
     await engine.context.database.write(partial(sandboxes.insert, sandbox=sandbox))
@@ -123,7 +126,9 @@ async def engine(
 ) -> AsyncIterator[Engine]:
     """An engine with a host of fake machines."""
     async with HostClient(str(tmp_path / "hostd.sock")) as host:
-        yield Engine(Context(database, host, routes, EventLog(database, routes.poke), settings))
+        engine = Engine(Context(database, host, routes, EventLog(database, routes.poke), settings))
+        yield engine
+        await engine.close()
 
 
 @pytest.fixture(scope="session")
@@ -155,7 +160,9 @@ async def real(
     """An engine with a host of gVisor machines."""
     async with host_process.client() as host:
         own = replace(settings, default_template="miosa-sandbox")
-        yield Engine(Context(database, host, routes, EventLog(database, routes.poke), own))
+        engine = Engine(Context(database, host, routes, EventLog(database, routes.poke), own))
+        yield engine
+        await engine.close()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from gateway.engine import translate
 from gateway.engine.files import tree
 from gateway.engine.output import last_lines, signal_number
 from gateway.engine.paths import readable, writable
-from gateway.engine.plan import make_slug, plan
+from gateway.engine.plan import Origin, make_slug, plan
 from gateway.engine.urls import preview_url
 from gateway.errors import CODES, GatewayError
 from gateway.resources import FileEntry, OutputChunk, Principal
@@ -33,7 +33,7 @@ def planned(**fields: object) -> CreateSandbox:
 
 
 def test_a_plan_fills_in_the_defaults() -> None:
-    sandbox = plan(CALLER, planned(), SETTINGS, template="base", now=1000.0)
+    sandbox = plan(CALLER, planned(), SETTINGS, origin=Origin("base", "base"), now=1000.0)
     assert (sandbox.cpu_count, sandbox.memory_mib, sandbox.disk_mib) == (
         SETTINGS.sandbox_cpu_count,
         SETTINGS.sandbox_memory_mib,
@@ -45,7 +45,7 @@ def test_a_plan_fills_in_the_defaults() -> None:
 
 def test_always_on_knows_no_timers() -> None:
     command = planned(always_on=True, timeout_s=5.0, idle_timeout_s=5.0)
-    sandbox = plan(CALLER, command, SETTINGS, template="base", now=1000.0)
+    sandbox = plan(CALLER, command, SETTINGS, origin=Origin("base", "base"), now=1000.0)
     assert (sandbox.timeout_s, sandbox.idle_timeout_s, sandbox.expires_at) == (None, None, None)
 
 
@@ -60,16 +60,19 @@ def test_always_on_knows_no_timers() -> None:
 )
 def test_a_plan_is_bounded(field: str, most: float, step: float) -> None:
     for value in (most - step, most):
-        assert getattr(plan(CALLER, planned(**{field: value}), SETTINGS, template="base", now=0.0), field) == value
+        assert (
+            getattr(plan(CALLER, planned(**{field: value}), SETTINGS, origin=Origin("base", "base"), now=0.0), field)
+            == value
+        )
     for value in (most + step, 0, -1):
         with pytest.raises(GatewayError, match="validation_failed"):
-            plan(CALLER, planned(**{field: value}), SETTINGS, template="base", now=0.0)
+            plan(CALLER, planned(**{field: value}), SETTINGS, origin=Origin("base", "base"), now=0.0)
 
 
 @pytest.mark.parametrize("slug", ["ab", "-abc", "abc-", "ABC", "a_b", "a" * 41, "ä" * 5, ""])
 def test_a_slug_that_is_no_host_label_is_refused(slug: str) -> None:
     with pytest.raises(GatewayError, match="slug"):
-        plan(CALLER, planned(slug=slug), SETTINGS, template="base", now=0.0)
+        plan(CALLER, planned(slug=slug), SETTINGS, origin=Origin("base", "base"), now=0.0)
 
 
 def test_made_slugs_are_host_labels_and_differ() -> None:

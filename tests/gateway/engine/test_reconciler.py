@@ -12,7 +12,7 @@ import pytest
 
 from gateway.commands import CreateSandbox, DestroySandbox, GetSandbox
 from gateway.engine import Engine
-from gateway.engine.watcher import MachineWatcher
+from gateway.engine.watcher import HostWatcher
 from gateway.reconciler import Pace, Reconciler
 from gateway.resources import Principal, Sandbox, SandboxState
 from gateway.store import sandboxes
@@ -62,7 +62,7 @@ async def test_every_worker_hears_an_end_and_one_records_it(
     engine: Engine, principal: Principal, driver: FakeDriver, workers: int
 ) -> None:
     made = await engine.create_sandbox(principal, CreateSandbox(new_id()))
-    watchers = [asyncio.create_task(MachineWatcher(engine.context, engine.sandboxes).run()) for _ in range(workers)]
+    watchers = [asyncio.create_task(HostWatcher(engine).run()) for _ in range(workers)]
     await driver.end(made.id, Exit(StopCause.OOM, "killed by the kernel"))
     await until(lambda: is_in(engine, principal, made.id, DESTROYED))
     ended = await engine.get_sandbox(principal, GetSandbox(made.id))

@@ -38,6 +38,7 @@ def put(database: Database, workspace_id: str) -> Put:
             slug=f"slug{number}",
             state=RUNNING,
             template="base",
+            base_template="base",
             cpu_count=2.0,
             memory_mib=512,
             disk_mib=1024,

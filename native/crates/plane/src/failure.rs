@@ -27,8 +27,6 @@ pub enum Code {
     TokenInvalid,
     /// What was presented has expired.
     TokenExpired,
-    /// A page of this origin may not read the preview, or the API.
-    OriginDenied,
     /// A limit on connections.
     TooManyConnections,
     /// The sandbox's server broke off, or spoke no HTTP.
@@ -41,8 +39,6 @@ pub enum Code {
     RequestTimeout,
     /// The request's head is too large.
     HeadTooLarge,
-    /// The request's body is too large.
-    BodyTooLarge,
     /// Not a method for a gateway.
     MethodUnsupported,
     /// Not HTTP/1.0 or 1.1.
@@ -60,7 +56,7 @@ struct Row {
 }
 
 /// Number of codes; indexes counters.
-pub const CODES: usize = 21;
+pub const CODES: usize = 19;
 
 impl Code {
     /// Every code.
@@ -75,14 +71,12 @@ impl Code {
         Self::TokenMissing,
         Self::TokenInvalid,
         Self::TokenExpired,
-        Self::OriginDenied,
         Self::TooManyConnections,
         Self::UpstreamBroke,
         Self::UpstreamTimeout,
         Self::BadRequest,
         Self::RequestTimeout,
         Self::HeadTooLarge,
-        Self::BodyTooLarge,
         Self::MethodUnsupported,
         Self::VersionUnsupported,
         Self::ApiUnavailable,
@@ -135,9 +129,6 @@ impl Code {
                 None,
                 "This token or key has expired. Ask for a new link.",
             ),
-            Self::OriginDenied => {
-                row("origin_denied", 403, "Forbidden", None, "Pages of this origin may not read this address.")
-            }
             Self::TooManyConnections => row(
                 "too_many_connections",
                 503,
@@ -166,9 +157,6 @@ impl Code {
                 None,
                 "The request's header is too large.",
             ),
-            Self::BodyTooLarge => {
-                row("body_too_large", 413, "Content Too Large", None, "The request's body is too large for a preview.")
-            }
             Self::MethodUnsupported => {
                 row("method_unsupported", 501, "Not Implemented", None, "This method is not supported.")
             }

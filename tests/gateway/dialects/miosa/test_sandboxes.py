@@ -32,6 +32,7 @@ def make_sandbox(**changes) -> Sandbox:
         "slug": "n-1",
         "state": SandboxState.RUNNING,
         "template": "base",
+        "base_template": "base",
         "cpu_count": 2.0,
         "memory_mib": 1024,
         "disk_mib": 3072,

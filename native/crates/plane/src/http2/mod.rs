@@ -29,10 +29,9 @@ pub use self::request::{Head, head};
 
 use self::exchange::Exchange;
 use self::timed::Timed;
-use crate::compose::HTTPS;
+use crate::compose::{HTTPS, Peer};
 use crate::config::duration;
 use crate::connection;
-use crate::trust;
 use crate::watch::{End, Phase, Watch};
 use crate::worker::Worker;
 
@@ -71,9 +70,6 @@ where
                 Some(Err(_)) | None => return,
             },
             end = watch.ended() => {
-                if let End::Timeout(phase) = end {
-                    worker.counters.timeout(phase);
-                }
                 if matches!(end, End::Timeout(Phase::Send | Phase::HalfClosed)) {
                     return;
                 }
@@ -104,8 +100,7 @@ impl Streams {
         streams.note();
         tokio::task::spawn_local(async move {
             let watch = streams.worker.watches.add();
-            connection::serve(&streams.worker, &watch, exchange, trust::peer(&streams.worker.config, client, HTTPS))
-                .await;
+            connection::serve(&streams.worker, &watch, exchange, Peer::new(client, HTTPS)).await;
             streams.open.set(streams.open.get() - 1);
             streams.note();
         });

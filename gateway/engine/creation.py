@@ -1,0 +1,238 @@
+"""How sandboxes come to be.
+
+    machine from the pool ─▶ row running                         one commit, when the host has it at hand
+    row provisioning ─▶ machine booted or restored ─▶ running    when it takes longer than a glance
+                     └─▶ error(cause)
+
+The id is the command's effect id, and creating one id twice yields the same machine. Whatever dies on the way leaves
+something to resolve: the same command again goes on from there, a machine without a row is destroyed by the
+reconciler, and a row that stays provisioning becomes running or error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+
+import sqlalchemy as sa
+
+from gateway.commands import CreateSandbox
+from gateway.engine.context import LIVING, Context, owned
+from gateway.engine.plan import Origin, origin_of_snapshot, origin_of_template, plan
+from gateway.engine.sandboxes import SandboxService
+from gateway.engine.snapshots import SnapshotService
+from gateway.engine.templates import TemplateService
+from gateway.engine.translate import vmm_errors
+from gateway.errors import GatewayError
+from gateway.events import sandbox_event
+from gateway.resources import Principal, Sandbox, SandboxState
+from gateway.store import sandboxes as rows
+from vmm.errors import LinkError, VmmError
+from vmm.types import IdleAction, MachineInfo, MachineSpec, MachineState, StopCause
+
+#: A machine from the pool is there within a few milliseconds; a caller who waits longer sees it `provisioning`.
+_GLANCE_S = 0.02
+_DOWN = frozenset({MachineState.PREPARING, MachineState.STOPPING, MachineState.STOPPED, MachineState.FAILED})
+#: Restoring reads the whole image; a large one takes seconds.
+_RESTORE_S = 60.0
+
+
+class CreationService:
+    """Commands that make sandboxes, and the finishing of what they left."""
+
+    def __init__(
+        self, context: Context, sandboxes: SandboxService, templates: TemplateService, snapshots: SnapshotService
+    ) -> None:
+        self._context = context
+        self._sandboxes = sandboxes
+        self._templates = templates
+        self._snapshots = snapshots
+
+    async def create(self, principal: Principal, command: CreateSandbox) -> Sandbox:
+        """Make a sandbox and wait until it runs.
+
+        Raises GatewayError: validation_failed, template_not_found, template_not_ready, snapshot_not_found,
+        snapshot_not_ready, name_taken, conflict (slug), quota_exceeded, no_capacity, boot_failed, host_unavailable
+        (it may still come up; the same command again finds out).
+        """
+        context = self._context
+        origin = await self._origin(principal, command)
+        wanted = plan(principal, command, context.settings, origin=origin, now=context.clock())
+        existing = await context.database.lookup(lambda connection: self._look(connection, wanted))
+        if existing is not None:
+            return await self._resume(owned(existing, principal))
+        booting = asyncio.ensure_future(self._boot(wanted))
+        try:
+            await asyncio.wait([booting], timeout=_GLANCE_S)
+            if booting.done() and booting.exception() is None and is_up(booting.result()):
+                return await self._record_running(wanted, booting.result())
+            sandbox = await self._record_provisioning(wanted)
+            return await self._conclude(sandbox, booting)
+        finally:
+            booting.cancel()
+
+    async def _origin(self, principal: Principal, command: CreateSandbox) -> Origin:
+        if command.snapshot_id is not None:
+            return origin_of_snapshot(await self._snapshots.ready(principal, command.snapshot_id))
+        name = command.template or self._context.settings.default_template
+        return origin_of_template(await self._templates.startable(principal, name))
+
+    async def _resume(self, sandbox: Sandbox) -> Sandbox:
+        return await self.finish(sandbox) if sandbox.state is SandboxState.PROVISIONING else sandbox
+
+    def _look(self, connection: sa.Connection, wanted: Sandbox) -> Sandbox | None:
+        """What an earlier attempt left. Raises what `insert` would: a machine need not be started to find that out."""
+        existing = rows.get(connection, wanted.id)
+        if existing is not None and not _may_try_again(existing, wanted):
+            return existing
+        self._check(connection, wanted)
+        return None
+
+    def insert(self, connection: sa.Connection, wanted: Sandbox) -> Sandbox:
+        """Add a row, or find what an earlier attempt left. Raises name_taken, conflict (slug), quota_exceeded."""
+        existing = rows.get(connection, wanted.id)
+        if existing is not None and not _may_try_again(existing, wanted):
+            return existing
+        self._check(connection, wanted)
+        if existing is not None:
+            # It failed before; nothing of it is left, so the same command may try once more.
+            rows.delete(connection, existing.id)
+        rows.insert(connection, wanted)
+        sandbox_event(connection, "created", wanted, at=wanted.created_at, template=wanted.template, **_lineage(wanted))
+        return wanted
+
+    def _check(self, connection: sa.Connection, wanted: Sandbox) -> None:
+        limit = self._context.settings.sandboxes_per_workspace
+        if rows.count_living(connection, wanted.workspace_id) >= limit:
+            raise GatewayError("quota_exceeded", f"The workspace already has {limit} sandboxes.", retry_after_s=30)
+        if wanted.name is not None and rows.is_name_taken(connection, wanted.workspace_id, wanted.name, but=wanted.id):
+            raise GatewayError("name_taken", f"Another sandbox is named {wanted.name!r}.")
+        if rows.is_slug_taken(connection, wanted.slug):
+            raise GatewayError("conflict", f"The slug {wanted.slug!r} is in use.")
+
+    async def _boot(self, sandbox: Sandbox) -> MachineInfo:
+        deadline = None if sandbox.image_id is None else time.monotonic() + _RESTORE_S
+        with vmm_errors():
+            return await self._context.host.create_machine(_spec(sandbox), deadline=deadline)
+
+    async def _record_running(self, wanted: Sandbox, machine: MachineInfo) -> Sandbox:
+        """The short way: the machine is there, so the sandbox is recorded once, as running."""
+        running = replace(
+            wanted,
+            state=SandboxState.RUNNING,
+            address=machine.address,
+            started_at=machine.started_at or self._context.clock(),
+            boot_ms=machine.boot_ms,
+        )
+
+        def job(connection: sa.Connection) -> Sandbox:
+            sandbox = self.insert(connection, running)
+            if sandbox is running:
+                sandbox_event(connection, "running", sandbox, boot_ms=machine.boot_ms)
+            return sandbox
+
+        try:
+            sandbox = await self._context.database.write(job)
+        except GatewayError:
+            await self._sandboxes.end_machine(wanted.id)
+            raise
+        if sandbox is not running:
+            # Another attempt at the same command was faster.
+            return await self.mark_running(sandbox, machine)
+        self._context.events.announce()
+        await self._context.routes.push(sandbox.id)
+        return sandbox
+
+    async def _record_provisioning(self, wanted: Sandbox) -> Sandbox:
+        try:
+            sandbox = await self._context.database.write(lambda connection: self.insert(connection, wanted))
+        except GatewayError:
+            await self._sandboxes.end_machine(wanted.id)
+            raise
+        self._context.events.announce()
+        return sandbox
+
+    async def finish(self, sandbox: Sandbox) -> Sandbox:
+        """Take a provisioning sandbox to running, or to error. Any number of callers may try at once."""
+        return await self._conclude(sandbox, asyncio.ensure_future(self._boot(sandbox)))
+
+    async def _conclude(self, sandbox: Sandbox, booting: asyncio.Future[MachineInfo]) -> Sandbox:
+        try:
+            machine = await booting
+        except GatewayError as error:
+            if not isinstance(error.__cause__, LinkError):
+                await self.fail(sandbox, error)
+            raise
+        if not is_up(machine):
+            failure = GatewayError("boot_failed", f"The sandbox could not be started: {machine.detail or 'no cause'}.")
+            await self.fail(sandbox, failure)
+            raise failure
+        return await self.mark_running(sandbox, machine)
+
+    async def mark_running(self, sandbox: Sandbox, machine: MachineInfo) -> Sandbox:
+        """Record that a provisioning sandbox's machine runs."""
+        context = self._context
+        started_at = machine.started_at or context.clock()
+
+        def job(connection: sa.Connection) -> tuple[bool, Sandbox | None]:
+            changed = rows.change(
+                connection,
+                sandbox.id,
+                only_in=[SandboxState.PROVISIONING],
+                state=SandboxState.RUNNING,
+                address=machine.address,
+                started_at=started_at,
+                boot_ms=machine.boot_ms,
+            )
+            if changed:
+                sandbox_event(connection, "running", sandbox, boot_ms=machine.boot_ms)
+            return changed, rows.get(connection, sandbox.id)
+
+        changed, current = await context.database.write(job)
+        if changed:
+            context.events.announce()
+            await context.routes.push(sandbox.id)
+        if current is None or current.state not in LIVING:
+            # Destroyed while it started.
+            await self._sandboxes.end_machine(sandbox.id)
+        return current or replace(sandbox, state=SandboxState.DESTROYED)
+
+    async def fail(self, sandbox: Sandbox, error: GatewayError) -> None:
+        """Record that a sandbox could not be made, and take away what there is of its machine."""
+        cause = error.__cause__
+        detail = cause.detail or cause.message if isinstance(cause, VmmError) else error.message
+        await self._sandboxes.end(sandbox, SandboxState.ERROR, StopCause.BOOT_FAILED, detail)
+        await self._sandboxes.end_machine(sandbox.id)
+
+
+def is_up(machine: MachineInfo) -> bool:
+    """Whether a machine came up, even if it has been paused since."""
+    return machine.state not in _DOWN
+
+
+def _may_try_again(existing: Sandbox, wanted: Sandbox) -> bool:
+    return existing.state is SandboxState.ERROR and existing.workspace_id == wanted.workspace_id
+
+
+def _lineage(sandbox: Sandbox) -> dict[str, str]:
+    given = {"snapshot_id": sandbox.snapshot_id, "parent_id": sandbox.parent_id}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _spec(sandbox: Sandbox) -> MachineSpec:
+    return MachineSpec(
+        id=sandbox.id,
+        template=sandbox.base_template,
+        hostname=sandbox.slug,
+        cpu_count=sandbox.cpu_count,
+        memory_mib=sandbox.memory_mib,
+        disk_mib=sandbox.disk_mib,
+        env=dict(sandbox.env),
+        expires_at=sandbox.expires_at,
+        idle_timeout_s=sandbox.idle_timeout_s,
+        snapshot=sandbox.image_id,
+        idle_action=IdleAction(sandbox.idle_action),
+        auto_resume=sandbox.auto_resume,
+        hibernate_after_s=sandbox.hibernate_after_s,
+    )
