@@ -17,7 +17,7 @@ from pathlib import Path
 from vmm import programs
 from vmm.drivers.gvisor import cgroups, firewall, runsc, syscalls
 from vmm.drivers.gvisor.disk import make_disk
-from vmm.host.machines import available_memory_bytes
+from vmm.host.admission import available_memory_bytes
 
 _DISK_BYTES_MIN = 4 * 1024**3
 _MEMORY_BYTES_MIN = 1024**3

@@ -111,7 +111,8 @@ class MachineInfo:
 
     address: IPv4 address reachable from the host while the machine runs; a wake, restore or fork gives a new one.
     boot_ms: milliseconds from the request until its agent answered.
-    snapshot: the image that its memory came from, None after a start from files.
+    snapshot: the snapshot that its memory came from, None after a start from files.
+    unit: the driver's id of what runs, for the operator; None while hibernated.
     last_active_at: Unix seconds of the last activity (exec, file, terminal input, preview traffic).
     """
 
@@ -132,6 +133,7 @@ class MachineInfo:
     snapshot: str | None = None
     auto_resume: bool = True
     idle_action: IdleAction = IdleAction.DESTROY
+    unit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,12 @@ class FrameProtocol(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     @property
+    def local_address(self) -> str:
+        """Our end's IP address, empty when there is none."""
+        name = None if self._transport is None else self._transport.get_extra_info("sockname")
+        return str(name[0]) if isinstance(name, tuple) else ""
+
+    @property
     def is_writable(self) -> bool:
         """Whether `drain` would return at once."""
         return self._is_writable

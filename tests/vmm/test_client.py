@@ -72,7 +72,7 @@ async def test_the_same_id_is_the_same_machine(client: HostClient, driver: FakeD
     wanted = spec()
     first, second = await asyncio.gather(client.create_machine(wanted), client.create_machine(wanted))
     assert first.id == second.id
-    assert list(driver.guests) == [wanted.id]
+    assert list(driver.guests) == [first.unit]
 
 
 async def test_update_changes_what_is_given_alone(client: HostClient) -> None:
@@ -131,7 +131,7 @@ async def test_a_cut_between_host_and_agent_loses_nothing(client: HostClient, dr
         async for _, offset, data in execution:
             assert offset == len(received)
             if len(received) < 3_000_000 <= len(received) + len(data):
-                driver.cut(made.id)
+                driver.cut(made.unit or "")
             received += data
         assert received == b"y\n" * 2_500_000
         assert execution.exit is not None
@@ -159,7 +159,7 @@ async def test_events_tell_what_is_and_what_changes(client: HostClient, driver: 
         assert (await anext(events)).id == first.id
         second = await client.create_machine(spec())
         await _event(events, lambda m: m.id == second.id and m.state == MachineState.RUNNING)
-        await driver.end(first.id, Exit(StopCause.OOM, "out of memory"))
+        await driver.end(first.unit or "", Exit(StopCause.OOM, "out of memory"))
         ended = await _event(events, lambda m: m.id == first.id and m.state == MachineState.STOPPED)
         assert ended.cause == StopCause.OOM
 

@@ -20,7 +20,7 @@ from vmm.types import StopCause
 
 @pytest.fixture
 async def driver() -> AsyncIterator[FakeDriver]:
-    driver = FakeDriver(machines_max=1_001)
+    driver = FakeDriver(units_max=1_001)
     await driver.open()
     yield driver
     await driver.close()

@@ -12,11 +12,11 @@ from vmm.types import MachineState, StopCause
 
 def _record(**fields: object) -> Record:
     spec = machine_spec(env={"A": "b"})
-    return Record(spec, "token", 1.0, 2.0, 3.0, None, **fields)  # type: ignore[arg-type]
+    return Record(spec, 1.0, 2.0, 3.0, None, **fields)  # type: ignore[arg-type]
 
 
 def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "machines")
+    journal = Journal(tmp_path / "machines", Record)
     assert journal.load() == []
     placement = Placement("198.18.0.2", resolvers=("192.0.2.1",), facts={"pid": 7, "slot": 1})
     record = _record(state=MachineState.STOPPED, placement=placement, cause=StopCause.OOM, detail="x", boot_ms=1.5)
@@ -30,7 +30,7 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_records_are_for_their_owner_only(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "machines")
+    journal = Journal(tmp_path / "machines", Record)
     journal.load()
     record = _record()
     journal.save(record)
@@ -39,7 +39,7 @@ def test_records_are_for_their_owner_only(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_record_is_dropped(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
+    journal = Journal(tmp_path, Record)
     journal.save(_record())
     (tmp_path / "torn.json").write_bytes(b'{"spec": {"id"')
     (tmp_path / "old.json").write_bytes(b'{"version": 0}')

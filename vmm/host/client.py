@@ -17,11 +17,11 @@ import orjson
 from native import frames
 from native.frames import Frame
 from vmm.errors import LinkError, MachineError, VmmError
-from vmm.host.line import AgentLine, LineStream
+from vmm.host.line import LineStream
 from vmm.host.machine import Machine
 from vmm.host.operations import Host
 from vmm.link import VERSION
-from vmm.types import MachineInfo
+from vmm.types import MachineInfo, SnapshotInfo
 from vmm.wire import FrameProtocol
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Client:
         self._is_greeted = False
         self._streams: dict[int, _Open] = {}
         self._stall: asyncio.TimerHandle | None = None
-        self._stalled: set[AgentLine] = set()
+        self._stalled: set[Machine] = set()
 
     def forget(self, stream_id: int) -> None:
         """A stream is over."""
@@ -103,7 +103,8 @@ class Client:
             op = _decode(payload)
             machine_id = op.get("to")
             if machine_id is not None:
-                machine = self.host.machines.find_running(str(machine_id))
+                is_passive = bool(op.get("passive", False))
+                machine = self.host.machines.find_usable(str(machine_id), is_passive=is_passive)
                 splice = _Splice(self, stream_id, machine, op)
                 splice.open(payload)
                 self._streams[stream_id] = splice
@@ -128,19 +129,19 @@ class Client:
             self._stall = asyncio.get_running_loop().call_later(_STALL_TIMEOUT_S, self._cut)
             for stream in self._streams.values():
                 if isinstance(stream, _Splice):
-                    self.stall(stream.machine.line)
+                    self.stall(stream.machine)
 
-    def stall(self, line: AgentLine) -> None:
-        """Have a line wait until we can take more."""
-        self._stalled.add(line)
-        line.stall(self)
+    def stall(self, machine: Machine) -> None:
+        """Have a machine's line wait until we can take more."""
+        self._stalled.add(machine)
+        machine.line.stall(self)
 
     def _end_stall(self) -> None:
         if self._stall is not None:
             self._stall.cancel()
             self._stall = None
         while self._stalled:
-            self._stalled.pop().resume(self)
+            self._stalled.pop().line.resume(self)
 
     def _cut(self) -> None:
         logger.warning("cut a client that took nothing for %.0f s", _STALL_TIMEOUT_S)
@@ -195,8 +196,9 @@ class _Events:
     def leave(self) -> None:
         self._unwatch()
 
-    def _on_change(self, machine: MachineInfo) -> None:
-        self._client.send_json(frames.EVENT, self._id, {"type": "machine", "machine": machine})
+    def _on_change(self, change: MachineInfo | SnapshotInfo) -> None:
+        kind = "machine" if isinstance(change, MachineInfo) else "snapshot"
+        self._client.send_json(frames.EVENT, self._id, {"type": kind, kind: change})
 
 
 class _Splice:
@@ -212,19 +214,19 @@ class _Splice:
         self._line: LineStream
 
     def open(self, payload: bytes) -> None:
-        """Pass the OPEN on. Raises MachineError when the machine has ended."""
+        """Pass the OPEN on, or have it wait for the machine to wake. Raises MachineError when the machine has ended."""
         self._line = self.machine.line.open(self, payload)
         self.machine.busy += self._keeps_busy
         if self._is_active:
-            self.machine.touch()
+            self.machine.use()
         if not self._client.wire.is_writable:
-            self._client.stall(self.machine.line)
+            self._client.stall(self.machine)
 
     def send(self, frame: Frame) -> None:
         """From the client to the agent."""
-        if frame[0] == frames.DATA and self._is_active:
-            self.machine.touch()
         self._line.send(frame)
+        if frame[0] == frames.DATA and self._is_active:
+            self.machine.use()
         if frame[0] == frames.CLOSE:
             self._end()
 

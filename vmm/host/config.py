@@ -17,6 +17,10 @@ class HostConfig:
     memory_reserve_mib, disk_reserve_mib: what has to stay available on the host for another machine to be started.
     boot_timeout_s: from the start of a machine to the first answer of its agent.
     shutdown_timeout_s: to end all machines; what is left then is reported and ended at the next start.
+    wake_timeout_s: from the request to wake a machine until it runs.
+    hibernate_after_s: how long a machine stays frozen before it is written to disk, unless it says otherwise.
+    hibernate_below_mib: with less memory available than this, frozen machines are hibernated, the longest frozen first.
+    images_mib_max: what all images may take on the disk; a snapshot above it fails with `no_space`.
     ended_kept_s: how long an ended machine is still listed, so that a client that was away learns why it ended.
     """
 
@@ -30,4 +34,8 @@ class HostConfig:
     disk_reserve_mib: int = 2_048
     boot_timeout_s: float = 30.0
     shutdown_timeout_s: float = 30.0
+    wake_timeout_s: float = 30.0
+    hibernate_after_s: float = 600.0
+    hibernate_below_mib: int = 1_024
+    images_mib_max: int = 65_536
     ended_kept_s: float = 3600.0

@@ -1,10 +1,19 @@
-"""What hostd must know about its machines after it was killed: one small file per machine.
+"""What hostd must know after it was killed: one small file per machine, and one per snapshot.
 
-A record is written before the step it announces. After a restart, `preparing` and `stopping` mean a step that may be
-half done and is undone or finished; `running` means a machine to adopt if it is still there.
+A record is written before the step it announces. After a restart each state means:
 
-Files are replaced by rename, so a reader finds the old record or the new one. They are not synced to disk: a record
-describes processes, and whatever loses the page cache has ended those too.
+    running, frozen   a unit to adopt if it is still there, and to bring into that state
+    hibernating       hibernated if the image is complete, else frozen as before
+    hibernated        an image; there is no unit
+    waking            hibernated: a unit that was being restored is swept
+    stopping          an end to be finished
+    (no record)       a machine that was being made; whoever asked for it asks again, with the same id
+
+A pending snapshot without a complete image was never taken. Units that no record names are swept, images too.
+
+Files are replaced by rename, so a reader finds the old record or the new one. They are not synced to disk: most of a
+record describes processes, and whatever loses the page cache has ended those too. The exception is an image's owner:
+that record is synced, for the image outlives the host's restart.
 """
 
 from __future__ import annotations
@@ -13,38 +22,82 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 import orjson
 
 from vmm.drivers.base import Placement
-from vmm.types import MachineInfo, MachineSpec, MachineState, StopCause
+from vmm.types import IdleAction, MachineInfo, MachineSpec, MachineState, Origin, SnapshotInfo, StopCause
 
 logger = logging.getLogger(__name__)
 
 
+_DRAFT = ".new"
+
+#: States in which nothing of the machine executes, but all of it is kept.
+PAUSED = frozenset({MachineState.FROZEN, MachineState.HIBERNATING, MachineState.HIBERNATED, MachineState.WAKING})
+
+
 @dataclass(slots=True)
 class Record:
-    """Everything about one machine that outlives the process. `token` opens its agent: the files are mode 0600."""
+    """Everything about one machine that outlives the process. `token` opens its agent: the files are mode 0600.
+
+    unit: the driver's id of what runs, None while hibernated.  image: what a hibernated machine wakes from.
+    snapshot: the snapshot that its memory came from at last.  frozen_at: Unix seconds.
+    """
 
     spec: MachineSpec
-    token: str
     created_at: float
     last_active_at: float
     expires_at: float | None
     idle_timeout_s: float | None
+    idle_action: IdleAction = IdleAction.DESTROY
+    auto_resume: bool = True
+    hibernate_after_s: float | None = None
     state: MachineState = MachineState.PREPARING
+    unit: str | None = None
+    token: str = ""
     placement: Placement | None = None
+    origin: Origin | None = None
+    image: str | None = None
+    snapshot: str | None = None
+    frozen_at: float | None = None
     started_at: float | None = None
     stopped_at: float | None = None
     cause: StopCause | None = None
     detail: str | None = None
     boot_ms: float | None = None
 
+    @classmethod
+    def new(cls, spec: MachineSpec, now: float) -> Record:
+        """Of a machine that is to be made."""
+        return cls(
+            spec,
+            created_at=now,
+            last_active_at=now,
+            expires_at=spec.expires_at,
+            idle_timeout_s=spec.idle_timeout_s,
+            idle_action=spec.idle_action,
+            auto_resume=spec.auto_resume,
+            hibernate_after_s=spec.hibernate_after_s,
+            snapshot=spec.snapshot,
+        )
+
+    @property
+    def id(self) -> str:
+        """The machine's id."""
+        return self.spec.id
+
     @property
     def is_over(self) -> bool:
         """Whether the machine has ended for good."""
         return self.state in (MachineState.STOPPED, MachineState.FAILED)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether it has to be woken before it can be used."""
+        return self.state in PAUSED
 
     def info(self) -> MachineInfo:
         """The part that clients see."""
@@ -62,39 +115,77 @@ class Record:
             expires_at=self.expires_at,
             idle_timeout_s=self.idle_timeout_s,
             last_active_at=self.last_active_at,
+            origin=self.origin,
+            snapshot=self.snapshot,
+            auto_resume=self.auto_resume,
+            idle_action=self.idle_action,
+            unit=self.unit,
         )
 
 
 @dataclass(slots=True)
-class Journal:
-    """The records below a directory. Methods block for some 0.1 ms."""
+class SnapshotRecord:
+    """A snapshot that was asked for. image: what holds it; a hibernated machine's may be shared."""
+
+    info: SnapshotInfo
+    image: str
+
+    @property
+    def id(self) -> str:
+        """The snapshot's id."""
+        return self.info.id
+
+
+class _Named(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+T = TypeVar("T", bound=_Named)
+
+
+@dataclass(slots=True)
+class Journal(Generic[T]):
+    """The records of one type below a directory. Methods block for some 0.1 ms, `sync` for as long as a disk does."""
 
     directory: Path
+    shape: type[T]
 
-    def load(self) -> list[Record]:
-        """Read every record. One that cannot be read is dropped with a warning: its machine will be swept."""
+    def load(self) -> list[T]:
+        """Read every record. One that cannot be read is dropped with a warning: its units and images will be swept."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         records = []
+        for draft in self.directory.glob(f"*{_DRAFT}"):
+            draft.unlink()
         for path in sorted(self.directory.iterdir()):
             try:
-                records.append(msgspec.convert(orjson.loads(path.read_bytes()), Record))
+                records.append(msgspec.convert(orjson.loads(path.read_bytes()), self.shape))
             except (OSError, orjson.JSONDecodeError, msgspec.ValidationError) as error:
                 logger.warning("dropping the unreadable record %s: %s", path.name, error)
                 path.unlink(missing_ok=True)
         return records
 
-    def save(self, record: Record) -> None:
-        """Write a record in place of the machine's earlier one. Raises OSError."""
-        path = self._path(record.spec.id)
-        draft = path.with_suffix(".new")
+    def save(self, record: T) -> None:
+        """Write a record in place of the earlier one. Raises OSError."""
+        path = self._path(record.id)
+        draft = path.with_suffix(_DRAFT)
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(orjson.dumps(record))
         draft.rename(path)
 
-    def remove(self, machine_id: str) -> None:
-        """Forget a machine."""
-        self._path(machine_id).unlink(missing_ok=True)
+    def sync(self, record_id: str) -> None:
+        """Have the disk hold a record as it was saved last. Raises OSError."""
+        for path in (self._path(record_id), self.directory):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
-    def _path(self, machine_id: str) -> Path:
-        return self.directory / f"{machine_id}.json"
+    def remove(self, record_id: str) -> None:
+        """Forget a record."""
+        self._path(record_id).unlink(missing_ok=True)
+
+    def _path(self, record_id: str) -> Path:
+        return self.directory / f"{record_id}.json"

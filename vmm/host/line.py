@@ -1,4 +1,4 @@
-"""hostd's connection to one machine's agent: kept up, shared by all streams to that machine.
+"""hostd's connection to the agent in one unit: kept up, shared by all streams to that machine.
 
 A client's stream is spliced onto a stream of this connection: frames pass as they are, under another stream id.
 Credits pass end to end, so what can be under way is bounded by what the client's readers have granted. The agent runs
@@ -8,6 +8,12 @@ States of a line:
 
     down ──dial, HELLO──▶ up ──lost──▶ down          (streams that were up end with `agent_unreachable`)
       └──────── close ────┴─▶ closed                 (streams end with the reason given)
+
+Beside them, a line can be *held*: while its unit is frozen or being saved. Then nothing of clients passes, nothing is
+dialled or pinged, and a lost connection ends no stream: all wait. hostd's own calls pass. Once released, what waited
+goes out; streams whose connection was lost meanwhile end with `agent_unreachable`, and their clients attach again where
+they were: the agent keeps what has not been credited. A machine without a unit (`nowhere`) has a held line too. Streams
+go from one line to the next by `inherit`.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ from native.frames import Frame
 from vmm.errors import AgentError, LinkError, MachineError, VmmError
 from vmm.link import VERSION
 from vmm.stream import CREDIT_BYTES
+from vmm.tasks import run_in_background
 from vmm.wire import FrameProtocol
 
 logger = logging.getLogger(__name__)
@@ -42,6 +49,9 @@ _KEEPALIVE_PERIOD_S = 3.0
 _SILENT_PERIODS_MAX = 3
 #: How long a stream opened while the line is down waits for it.
 _PATIENCE_S = 3.0
+#: And while it is held: for the machine to wake. This many may wait.
+_HOLD_TIMEOUT_S = 30.0
+_WAITING_MAX = 1024
 _CHANNELS = 4
 _ENDING = (frames.ERROR, frames.CLOSE)
 
@@ -59,67 +69,99 @@ class Receiver(Protocol):
 
 
 class LineStream:
-    """A stream of a line. Until the line is up, what is sent waits here."""
+    """A stream of a line. While the line is down or held, what is sent waits here.
 
-    __slots__ = ("credit", "id", "line", "receiver", "waiting")
+    wire: the connection that its OPEN went out on, None before.  is_own: hostd's, which a held line does not hold.
+    """
 
-    def __init__(self, line: AgentLine, stream_id: int, receiver: Receiver) -> None:
+    __slots__ = ("credit", "id", "is_own", "line", "receiver", "waiting", "wire")
+
+    def __init__(self, line: AgentLine, stream_id: int, receiver: Receiver, *, is_own: bool) -> None:
         self.line = line
+        self.is_own = is_own
         self.id = stream_id
         self.receiver = receiver
         self.credit = [CREDIT_BYTES] * _CHANNELS
         self.waiting: list[Frame] | None = None
+        self.wire: FrameProtocol | None = None
 
     def send(self, frame: Frame) -> None:
         """Pass a client's frame on."""
         kind, channel, _, offset, _ = frame
         if kind == frames.CREDIT and channel < _CHANNELS:
             self.credit[channel] += offset
-        if self.waiting is not None:
+        if kind == frames.CLOSE:
+            # What its client said before it left (a signal, say) still counts, and a frozen agent reads it later.
+            self._flush()
+            self.line.pass_on(self, frame)
+            self.line.forget(self)
+        elif self.waiting is not None:
             self.waiting.append(frame)
+        elif self.line.is_held and not self.is_own:
+            self.waiting = [frame]
         else:
             self.line.pass_on(self, frame)
-        if kind == frames.CLOSE:
-            self.line.forget(self)
+
+    def go_out(self, wire: FrameProtocol) -> None:
+        """Send what waited."""
+        self.wire = wire
+        self._flush()
+
+    def _flush(self) -> None:
+        waiting, self.waiting = self.waiting, None
+        for frame in waiting or ():
+            self.line.pass_on(self, frame)
 
 
 class AgentLine:
-    """Keeps one connection up while `run` runs."""
+    """Keeps one connection up from `start`, or while `run` runs, until `close`."""
 
     def __init__(self, name: str, dial: Dial, token: str) -> None:
         self.is_up = asyncio.Event()
+        self.is_held = False
+        #: What the next connection opens the agent with.
+        self.token = token
+        self.last_error = "not dialled yet"
         self.name = name
         self._dial = dial
-        self._token = token
         self._wire: FrameProtocol | None = None
         self._greeting: asyncio.Future[None] | None = None
         self._lost: asyncio.Future[Exception | None] | None = None
+        self._released = asyncio.Event()
+        self._released.set()
         self._streams: dict[int, LineStream] = {}
         self._last_id = 0
         self._closed: VmmError | None = None
         self._stalled_by: set[object] = set()
-        self.last_error = "not dialled yet"
+        self._task: asyncio.Task[None] | None = None
+
+    @classmethod
+    def nowhere(cls, name: str) -> AgentLine:
+        """Where the streams of a machine wait that has no unit."""
+        line = cls(name, _refuse, "")
+        line.hold()
+        return line
+
+    def start(self) -> None:
+        """Dial in a task of its own, which ends with `close`."""
+        self._task = run_in_background(self.run(), f"line {self.name}")
 
     def open(self, receiver: Receiver, payload: bytes) -> LineStream:
-        """Open a stream with an OPEN frame's payload. What goes wrong reaches `receiver.fail`."""
-        if self._closed is not None:
-            raise self._closed
-        self._last_id += 1
-        stream = LineStream(self, self._last_id, receiver)
-        self._streams[stream.id] = stream
-        if not self.is_up.is_set():
-            stream.waiting = []
-            asyncio.get_running_loop().call_later(_PATIENCE_S, self._give_up, stream)
-        stream.send((frames.OPEN, 0, stream.id, 0, payload))
-        return stream
+        """Open a client's stream with an OPEN frame's payload. What goes wrong later reaches `receiver.fail`.
+
+        Raises MachineError: why the line was closed, `no_capacity` when very many wait already.
+        """
+        if self._closed is None and self.is_held and len(self._streams) >= _WAITING_MAX:
+            self._check_waiting()
+        return self._open(receiver, payload, is_own=False)
 
     async def call(self, op: Mapping[str, Any], *, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Any]:
-        """Run an operation of hostd's own.
+        """Run an operation of hostd's own, on a held line too.
 
         Raises AgentError when it is refused, MachineError(`agent_unreachable`) when there is no answer in time.
         """
         reply = _Reply()
-        stream = self.open(reply, orjson.dumps(op))
+        stream = self._open(reply, orjson.dumps(op), is_own=True)
         try:
             async with asyncio.timeout(timeout_s):
                 return await reply.result
@@ -130,14 +172,56 @@ class AgentLine:
         finally:
             self.forget(stream)
 
+    def hold(self) -> None:
+        """Let all streams wait from now on: the unit is about to stand still."""
+        self.is_held = True
+        self._released.clear()
+
+    def release(self) -> None:
+        """The unit runs: let all that waited go on."""
+        self.is_held = False
+        self._released.set()
+        self._flush()
+        for stream in self._streams.values():
+            if stream.waiting is not None:
+                self._limit_waiting(stream)
+
+    def hang_up(self) -> None:
+        """Give up a held line's connection: the agent will not know it any more."""
+        wire, self._wire = self._wire, None
+        self.is_up.clear()
+        if wire is not None:
+            wire.abort()
+
+    def inherit(self, other: AgentLine) -> None:
+        """Take over the streams of a line that is given up, held or not. It must not be released any more."""
+        streams, other._streams = other._streams, {}
+        for stream in streams.values():
+            self._last_id += 1
+            stream.id, stream.line = self._last_id, self
+            self._streams[stream.id] = stream
+        for by in other._stalled_by:
+            self.stall(by)
+        self._flush()
+
+    def fail_waiting(self, error: VmmError) -> None:
+        """End the streams that have not been opened at the agent yet: what they wait for does not come."""
+        for stream in [stream for stream in self._streams.values() if stream.wire is None]:
+            self._fail(stream, error)
+
     def pass_on(self, stream: LineStream, frame: Frame) -> None:
-        """Send a frame to the agent."""
-        if self._wire is not None:
+        """Send a frame to the agent, unless the stream belongs to an earlier connection."""
+        if self._wire is not None and stream.wire is self._wire:
             self._wire.relay(frame, stream.id)
 
     def forget(self, stream: LineStream) -> None:
         """Ignore what still arrives on a stream."""
         self._streams.pop(stream.id, None)
+
+    def give_up(self, stream: LineStream, code: str) -> None:
+        """A stream has waited for as long as it may."""
+        if stream.wire is None and stream.id in self._streams:
+            self._fail(stream, MachineError(code, "the machine's agent does not answer", detail=self.last_error))
 
     def stall(self, by: object) -> None:
         """Stop reading from the agent until `by`, a client that cannot take more, is done with."""
@@ -152,16 +236,20 @@ class AgentLine:
             self._wire.resume_reading()
 
     def close(self, reason: VmmError) -> None:
-        """End every stream with `reason` and take no new one. `run` ends soon after."""
+        """End every stream with `reason`, take no new one and dial no more."""
         self._closed = reason
-        self._fail_all(reason)
+        for stream in list(self._streams.values()):
+            self._fail(stream, reason)
         if self._wire is not None:
             self._wire.abort()
+        if self._task is not None:
+            self._task.cancel()
 
     async def run(self) -> None:
         """Dial, and dial again after each loss, until closed or cancelled."""
         delay_s = _REDIAL_MIN_S
         while self._closed is None:
+            await self._released.wait()
             try:
                 await self._connect()
             except (OSError, LinkError, TimeoutError, MachineError) as error:
@@ -173,9 +261,26 @@ class AgentLine:
                 up_s = await self._keep()
             finally:
                 self._go_down()
-            # One that greets and hangs up, again and again, is not dialled as fast as it likes.
-            delay_s = _REDIAL_MIN_S if up_s > _STEADY_S else min(delay_s * 2, _REDIAL_MAX_S)
+            # One that greets and hangs up, again and again, is not dialled as fast as it likes; nor a frozen one.
+            delay_s = _REDIAL_MIN_S if up_s > _STEADY_S or self.is_held else min(delay_s * 2, _REDIAL_MAX_S)
             await asyncio.sleep(delay_s)
+
+    def _open(self, receiver: Receiver, payload: bytes, *, is_own: bool) -> LineStream:
+        if self._closed is not None:
+            raise self._closed
+        self._last_id += 1
+        stream = LineStream(self, self._last_id, receiver, is_own=is_own)
+        self._streams[stream.id] = stream
+        stream.waiting = [(frames.OPEN, 0, stream.id, 0, payload)]
+        if self._wire is not None and (is_own or not self.is_held):
+            stream.go_out(self._wire)
+        else:
+            self._limit_waiting(stream)
+        return stream
+
+    def _check_waiting(self) -> None:
+        if sum(1 for stream in self._streams.values() if stream.wire is None) >= _WAITING_MAX:
+            raise MachineError("no_capacity", f"{_WAITING_MAX} streams wait for the machine already")
 
     async def _connect(self) -> None:
         loop = asyncio.get_running_loop()
@@ -185,7 +290,7 @@ class AgentLine:
         try:
             async with asyncio.timeout(_HELLO_TIMEOUT_S):
                 await self._dial(lambda: wire)
-                hello = {"version": VERSION, "role": "host", "token": self._token}
+                hello = {"version": VERSION, "role": "host", "token": self.token}
                 wire.send(frames.encode(frames.HELLO, 0, 0, orjson.dumps(hello)))
                 await asyncio.wait({self._greeting, lost}, return_when=asyncio.FIRST_COMPLETED)
                 if not self._greeting.done():
@@ -204,46 +309,48 @@ class AgentLine:
         """Return once the connection is lost or silent for too long: for how many seconds it was up."""
         began = time.monotonic()
         silent_periods = 0
-        while self._wire is not None and self._lost is not None:
+        while (wire := self._wire) is not None and self._lost is not None:
             done, _ = await asyncio.wait({self._lost}, timeout=_KEEPALIVE_PERIOD_S)
             if done:
                 self.last_error = str(self._lost.result() or "the agent closed the connection")
                 break
-            silent_periods = 0 if self._wire.has_heard or self._stalled_by else silent_periods + 1
+            if self.is_held:
+                silent_periods = 0
+                continue
+            silent_periods = 0 if wire.has_heard or self._stalled_by else silent_periods + 1
             if silent_periods >= _SILENT_PERIODS_MAX:
                 self.last_error = "the agent has been silent"
                 break
-            self._wire.has_heard = False
-            self._wire.send(frames.encode(frames.PING, 0, 0, bytes(8)))
+            wire.has_heard = False
+            wire.send(frames.encode(frames.PING, 0, 0, bytes(8)))
         return time.monotonic() - began
 
     def _go_down(self) -> None:
-        self.is_up.clear()
-        wire, self._wire = self._wire, None
-        if wire is not None:
-            wire.abort()
-        self._fail_all(
-            MachineError("agent_unreachable", "the connection to the machine's agent broke", detail=self.last_error)
-        )
+        self.hang_up()
+        self._flush()
 
     def _flush(self) -> None:
+        """Let waiting streams out, and end those that an earlier connection took along; not what is held."""
         for stream in list(self._streams.values()):
-            waiting, stream.waiting = stream.waiting, None
-            for frame in waiting or ():
-                self.pass_on(stream, frame)
+            if self.is_held and not stream.is_own:
+                continue
+            if stream.wire is not None and stream.wire is not self._wire:
+                self._fail(stream, self._broken())
+            elif self._wire is not None:
+                stream.go_out(self._wire)
 
-    def _give_up(self, stream: LineStream) -> None:
-        if stream.waiting is not None and stream.id in self._streams:
-            self.forget(stream)
-            stream.receiver.fail(
-                MachineError("agent_unreachable", "the machine's agent does not answer", detail=self.last_error)
-            )
+    def _broken(self) -> MachineError:
+        return MachineError("agent_unreachable", "the connection to the machine's agent broke", detail=self.last_error)
 
-    def _fail_all(self, error: VmmError) -> None:
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.waiting = None
-            stream.receiver.fail(error)
+    def _limit_waiting(self, stream: LineStream) -> None:
+        """It may have gone to another line by the time that it has waited for long enough."""
+        code, limit_s = ("wake_timeout", _HOLD_TIMEOUT_S) if self.is_held else ("agent_unreachable", _PATIENCE_S)
+        asyncio.get_running_loop().call_later(limit_s, lambda: stream.line.give_up(stream, code))
+
+    def _fail(self, stream: LineStream, error: VmmError) -> None:
+        self.forget(stream)
+        stream.waiting = None
+        stream.receiver.fail(error)
 
     def _take(self, wire: FrameProtocol, frame: Frame) -> None:
         if not wire.is_open:
@@ -302,6 +409,10 @@ class _Reply:
     def fail(self, error: VmmError) -> None:
         if not self.result.done():
             self.result.set_exception(error)
+
+
+async def _refuse(_: Callable[[], asyncio.Protocol]) -> object:
+    raise ConnectionRefusedError("the machine has no unit")
 
 
 def _decode(payload: bytes) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""One machine: a task that takes it through its life and alone changes its record.
+"""One machine: the task that alone moves it from state to state (`vmm.host.body`), and what others may ask of it.
 
-    (new) ─▶ preparing ─▶ running ─▶ stopping ─▶ stopped(cause)
-                 └─────────── on an error ─────▶ failed(cause)
-
-Others ask by `stop`, `update` and `touch`; the task acts on what they left and tells of every change of state.
+What is asked waits in a queue and is done one by one. Between requests the task sees to the timers: an idle machine is
+ended or paused, a frozen one gives back its memory and is hibernated after a while. A request to wake cuts such a chore
+short; a request to end, or the end of the unit, cuts everything short.
 """
 
 from __future__ import annotations
@@ -11,58 +10,88 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
 
-from vmm.drivers.base import Driver, Exit, Shape
-from vmm.errors import AgentError, MachineError, VmmError
+from vmm.drivers.base import Exit
+from vmm.errors import MachineError, VmmError
+from vmm.host.body import Body, Parts
 from vmm.host.config import HostConfig
-from vmm.host.journal import Journal, Record
+from vmm.host.images import Capture
+from vmm.host.journal import Record
 from vmm.host.line import AgentLine
-from vmm.host.names import write_names
-from vmm.tasks import run_in_background, stop
-from vmm.types import MachineInfo, MachineState, StopCause
+from vmm.host.units import explain
+from vmm.tasks import run_in_background
+from vmm.types import IdleAction, MachineState, StopCause
 
 logger = logging.getLogger(__name__)
 
-_DESTROY_ATTEMPTS = 3
-_DESTROY_RETRY_S = 1.0
+Move = Callable[[], Coroutine[Any, Any, Any]]
+
+#: After a chore has failed (the disk is full, say) nothing changes soon.
+_CHORE_RETRY_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    move: Move
+    done: asyncio.Future[Any]
+    is_wake: bool = False
 
 
 class Machine:
-    """See the module. `line` is where its streams go while it runs."""
+    """See the module."""
 
-    def __init__(
-        self,
-        record: Record,
-        driver: Driver,
-        journal: Journal,
-        config: HostConfig,
-        on_change: Callable[[MachineInfo], None],
-    ) -> None:
-        self.id = record.spec.id
-        self.record = record
-        self.line = AgentLine(self.id, lambda protocol: driver.dial(self.id, protocol), record.token)
+    def __init__(self, record: Record, parts: Parts, config: HostConfig) -> None:
+        self.id = record.id
         #: Streams that keep the machine from counting as idle, however quiet they are.
         self.busy = 0
-        #: Set once the record says running, stopped or failed.
+        #: Set once it runs or has ended.
         self.settled = asyncio.Event()
         #: Set once nothing in the machine runs any more.
         self.dead = asyncio.Event()
         self.error: MachineError | None = None
-        self._driver = driver
-        self._journal = journal
+        self._driver = parts.driver
         self._config = config
-        self._on_change = on_change
+        self._body = Body(record, parts, self._watch_unit)
         self._signal = asyncio.Event()
-        self._saving = asyncio.Lock()
+        self._requests: deque[_Request] = deque()
+        self._last_wake: _Request | None = None
         self._stop: Exit | None = None
+        self._is_leaving = False
+        self._is_reclaimed = False
+        self._is_to_hibernate = False
+        self._chores_at = 0.0
+        self._end_of_unit: asyncio.Task[Exit] | None = None
         self._task: asyncio.Task[None] | None = None
-        self._line_task: asyncio.Task[None] | None = None
 
-    def start(self, *, adopted: bool = False) -> None:
-        """Begin its life, or continue one that an earlier process began and the driver has adopted."""
-        self._task = run_in_background(self._live(adopted), f"machine {self.id}")
+    @property
+    def record(self) -> Record:
+        """What it is now."""
+        return self._body.record
+
+    @property
+    def line(self) -> AgentLine:
+        """Where its streams go now."""
+        return self._body.line
+
+    def start(self) -> None:
+        """Begin its life."""
+        self._task = run_in_background(self._live(self._body.boot), f"machine {self.id}")
+
+    async def recover(self) -> bool:
+        """Continue a life that an earlier process began. False when there is nothing to continue."""
+        if not await self._body.recover():
+            return False
+        # Activity since the record was written is unknown; count it as active now rather than end it early.
+        self.touch()
+        self.settled.set()
+        self._task = run_in_background(self._live(None), f"machine {self.id}")
+        return True
 
     def stop(self, cause: StopCause, detail: str | None = None) -> None:
         """Ask for its end; the first request counts."""
@@ -70,189 +99,267 @@ class Machine:
             self._stop = Exit(cause, detail)
             self._signal.set()
 
-    async def update(self, **fields: float | None) -> None:
-        """Change `expires_at` or `idle_timeout_s`, for good once this returns. Raises MachineError."""
-        for name, value in fields.items():
-            setattr(self.record, name, value)
+    def leave(self) -> None:
+        """Hibernate if it is paused and let it be: hostd ends, the machine does not."""
+        self._is_leaving = True
         self._signal.set()
-        await self._save()
+
+    async def pause(self, *, hibernate: bool) -> None:
+        """Freeze or hibernate it. Raises MachineError, as all requests do: `machine_not_running` when it has ended."""
+        await self._ask(self._body.hibernate if hibernate else self._body.freeze)
+
+    async def resume(self) -> None:
+        """Have it run. However many ask, it is woken once."""
+        if self.record.state is MachineState.RUNNING and not self._requests:
+            return
+        self._last_wake = self._next_wake()
+        await asyncio.shield(self._last_wake.done)
+
+    async def restore(self, snapshot: str) -> None:
+        """Take it back to a snapshot."""
+        await self._ask(lambda: self._body.restore(snapshot))
+
+    async def save(self, image: str) -> Capture:
+        """Save it into an image yet to be published."""
+        capture: Capture = await self._ask(lambda: self._body.save(image))
+        return capture
+
+    def hibernate_soon(self) -> None:
+        """The host is short of memory: hibernate it if it is still frozen."""
+        self._is_to_hibernate = True
+        self._signal.set()
+
+    def update(self, **fields: Any) -> None:
+        """Change settings, for good once this returns. Raises MachineError."""
+        self._body.amend(**fields)
+        self._signal.set()
 
     def touch(self) -> None:
         """Something happened in it."""
         self.record.last_active_at = time.time()
 
+    def use(self) -> None:
+        """A client wants something of it: it is to be awake."""
+        self.touch()
+        if self.record.is_paused and self.record.auto_resume:
+            self._last_wake = self._next_wake()
+
     async def over(self) -> None:
-        """Wait until it has ended and given everything back."""
+        """Wait until its task has ended."""
         if self._task is not None:
             await asyncio.wait([self._task])
 
-    async def _live(self, adopted: bool) -> None:
+    async def _live(self, boot: Move | None) -> None:
         try:
-            if adopted:
-                self._connect()
-            await self._end((None if adopted else await self._boot()) or await self._run())
+            if boot is not None:
+                await self._perform(boot)
+                self.settled.set()
+            end = await self._run()
+        except asyncio.CancelledError:
+            if self._stop is None:
+                raise
+            end = self._stop
         except MachineError as error:
             self.error = error
-            await self._end(Exit(StopCause.BOOT_FAILED, _explain(error)))
+            end = Exit(StopCause.BOOT_FAILED, explain(error))
         except Exception:
             logger.exception("machine %s: its task failed", self.id)
             self.error = MachineError("internal", "hostd failed to run the machine")
-            await self._end(Exit(StopCause.BOOT_FAILED, "internal error"))
+            end = Exit(StopCause.BOOT_FAILED, "internal error")
+        try:
+            if end is not None:
+                await self._end(end)
         finally:
             # Whatever happened, nobody is to wait for ever.
             self.dead.set()
             self.settled.set()
-            await stop(self._line_task)
 
-    def _connect(self) -> None:
-        self._line_task = run_in_background(self.line.run(), f"line {self.id}")
-
-    async def _boot(self) -> Exit | None:
-        """Make it run; returns why it is to end instead, if that was asked for meanwhile. Raises MachineError."""
-        began = time.monotonic()
-        await self._save()
-        boot = asyncio.create_task(self._bring_up(), name=f"boot {self.id}")
-        boot.add_done_callback(lambda _: self._signal.set())
-        while not boot.done() and self._stop is None:
-            await self._signal.wait()
-            self._signal.clear()
-        if self._stop is not None:
-            boot.cancel()
-            await asyncio.wait([boot])
-            return self._stop
-        await boot
-        record = self.record
-        record.started_at = record.last_active_at = time.time()
-        record.boot_ms = (time.monotonic() - began) * 1000
-        record.state = MachineState.RUNNING
-        await self._save()
-        self._tell()
-        self.settled.set()
-        return None
-
-    async def _bring_up(self) -> None:
-        record = self.record
-        record.placement = await self._driver.start(self.id, Shape.of(record.spec), token=record.token)
-        self._connect()
-        up = asyncio.create_task(self.line.is_up.wait())
-        ended = asyncio.create_task(self._driver.wait(self.id))
-        try:
-            async with asyncio.timeout(self._config.boot_timeout_s):
-                await asyncio.wait({up, ended}, return_when=asyncio.FIRST_COMPLETED)
-                if ended.done():
-                    raise MachineError(
-                        "driver_failed", "the machine ended while it booted", detail=ended.result().detail
-                    )
-                await write_names(self.line, record.spec, record.placement)
-        except TimeoutError as error:
-            message = "the machine's agent did not answer in time"
-            raise MachineError("driver_failed", message, detail=self.line.last_error) from error
-        except AgentError as error:
-            message = "the machine's agent refused to set it up"
-            raise MachineError("driver_failed", message, detail=str(error)) from error
-        finally:
-            up.cancel()
-            ended.cancel()
-
-    async def _run(self) -> Exit:
-        """Until something ends it; returns what."""
-        ended = asyncio.create_task(self._driver.wait(self.id), name=f"wait {self.id}")
-        ended.add_done_callback(lambda _: self._signal.set())
-        try:
-            while True:
-                if ended.done():
-                    return ended.result()
-                if self._stop is not None:
-                    return self._stop
-                if due := self._due():
-                    return due
+    async def _run(self) -> Exit | None:
+        """Until something ends it; returns what, or None when it is left as it is."""
+        while True:
+            if end := self._ended():
+                return end
+            if self._requests:
+                await self._fulfil(self._requests[0])
+            elif self._is_leaving and self.record.is_paused:
+                await self._try(self._body.hibernate)
+                return None
+            elif chore := self._chore():
+                await self._try(chore)
+            else:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._signal.wait(), self._time_left_s())
                 self._signal.clear()
-        finally:
-            ended.cancel()
 
-    def _due(self) -> Exit | None:
-        record, now = self.record, time.time()
+    def _ended(self) -> Exit | None:
+        record = self.record
+        if self._stop is not None:
+            return self._stop
+        if self._end_of_unit is not None and self._end_of_unit.done():
+            return self._end_of_unit.result()
+        now = time.time()
         if record.expires_at is not None and now >= record.expires_at:
             return Exit(StopCause.TIMEOUT)
-        if record.idle_timeout_s is not None and now >= self._idle_at(record.idle_timeout_s):
+        if record.idle_action is IdleAction.DESTROY and now >= self._idle_at():
             return Exit(StopCause.IDLE)
+        return None
+
+    def _chore(self) -> Move | None:
+        """What is due without anybody asking for it."""
+        record, now = self.record, time.time()
+        if now < self._chores_at:
+            return None
+        if record.idle_action is IdleAction.PAUSE and now >= self._idle_at():
+            self._is_reclaimed = self._is_to_hibernate = False
+            return self._body.freeze
+        if record.state is not MachineState.FROZEN:
+            return None
+        if self._is_to_hibernate or now >= self._hibernate_at():
+            return self._body.hibernate
+        if not self._is_reclaimed:
+            self._is_reclaimed = True
+            return self._body.reclaim
         return None
 
     def _time_left_s(self) -> float | None:
         """Until a timer can be due, None without one. Activity moves the idle timer, so it is looked at again then."""
-        record = self.record
-        times = [] if record.expires_at is None else [record.expires_at]
-        if record.idle_timeout_s is not None:
-            times.append(self._idle_at(record.idle_timeout_s))
-        return max(0.0, min(times) - time.time()) if times else None
+        record, idle_at = self.record, self._idle_at()
+        ends = [record.expires_at or math.inf, idle_at if record.idle_action is IdleAction.DESTROY else math.inf]
+        chores = [self._hibernate_at(), idle_at if record.idle_action is IdleAction.PAUSE else math.inf]
+        first = min(*ends, max(min(chores), self._chores_at))
+        return None if first == math.inf else max(0.0, first - time.time())
 
-    def _idle_at(self, idle_timeout_s: float) -> float:
-        return (time.time() if self.busy else self.record.last_active_at) + idle_timeout_s
+    def _idle_at(self) -> float:
+        record = self.record
+        if record.state is not MachineState.RUNNING or record.idle_timeout_s is None:
+            return math.inf
+        return (time.time() if self.busy else record.last_active_at) + record.idle_timeout_s
+
+    def _hibernate_at(self) -> float:
+        record = self.record
+        if record.state is not MachineState.FROZEN:
+            return math.inf
+        after_s = self._config.hibernate_after_s if record.hibernate_after_s is None else record.hibernate_after_s
+        return (record.frozen_at or 0.0) + after_s
+
+    async def _ask(self, move: Move) -> Any:
+        """Have the task do something and return its result. Who asks may be cancelled; what was asked is done."""
+        return await asyncio.shield(self._enqueue(move).done)
+
+    def _enqueue(self, move: Move, *, is_wake: bool = False) -> _Request:
+        if self._stop is not None or self.dead.is_set() or self.record.is_over:
+            raise MachineError("machine_not_running", f"machine {self.id} has ended", detail=self.record.cause)
+        request = _Request(move, asyncio.get_running_loop().create_future(), is_wake)
+        # Nobody need be interested in how it ends.
+        request.done.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._requests.append(request)
+        self._signal.set()
+        return request
+
+    def _next_wake(self) -> _Request:
+        """The wake that was asked for last, if nothing was asked for since, or a new one."""
+        last = self._last_wake
+        if last is None or last.done.done() or (self._requests and self._requests[-1] is not last):
+            return self._enqueue(self._wake, is_wake=True)
+        return last
+
+    async def _wake(self) -> None:
+        try:
+            async with asyncio.timeout(self._config.wake_timeout_s):
+                await self._body.wake()
+        except TimeoutError as error:
+            late = MachineError("wake_timeout", "the machine did not wake in time")
+            self.line.fail_waiting(late)
+            raise late from error
+        except VmmError as error:
+            self.line.fail_waiting(error)
+            raise
+        self._is_reclaimed = self._is_to_hibernate = False
+
+    async def _fulfil(self, request: _Request) -> None:
+        try:
+            result = await self._perform(request.move)
+        except VmmError as error:
+            request.done.set_exception(error)
+        except asyncio.CancelledError:
+            request.done.set_exception(self._gone())
+            if self._stop is None:
+                raise
+        except Exception:
+            logger.exception("machine %s: a request failed", self.id)
+            request.done.set_exception(MachineError("internal", "the host service failed"))
+        else:
+            request.done.set_result(result)
+        finally:
+            self._requests.popleft()
+
+    async def _try(self, chore: Move) -> None:
+        try:
+            await self._perform(chore, is_chore=True)
+        except asyncio.CancelledError:
+            if not self._is_cut_short():
+                raise
+        except MachineError as error:
+            logger.warning("machine %s: %s", self.id, explain(error))
+            self._chores_at = time.time() + _CHORE_RETRY_S
+
+    async def _perform(self, move: Move, *, is_chore: bool = False) -> Any:
+        """Do something to its end, unless the machine is to end, or to wake while this is but a chore."""
+        work = asyncio.create_task(move(), name=f"{move.__name__} {self.id}")
+        work.add_done_callback(lambda _: self._signal.set())
+        try:
+            while not work.done():
+                await self._signal.wait()
+                self._signal.clear()
+                if self._stop is not None or (is_chore and self._is_cut_short()):
+                    break
+        finally:
+            if not work.done():
+                work.cancel()
+                await asyncio.wait([work])
+        return work.result()
+
+    def _is_cut_short(self) -> bool:
+        return self._stop is not None or any(request.is_wake for request in self._requests)
 
     async def _end(self, end: Exit) -> None:
-        record = self.record
-        record.cause, record.detail = end.cause, end.detail
-        record.state = MachineState.STOPPING
-        # First of all nobody may reach it any more: only then may a caller be told that it is gone.
-        self.line.close(MachineError("machine_not_running", "the machine has ended", detail=end.detail or end.cause))
-        await self._try_to_save()
-        self._tell()
-        left = await self._destroy()
-        record.stopped_at = time.time()
-        record.state = MachineState.STOPPED if self.error is None else MachineState.FAILED
-        if left:
-            record.detail = left
-        else:
-            await self._try_to_save()
-        self._tell()
+        self._body.begin_end(end)
+        while self._requests:
+            self._requests.popleft().done.set_exception(self._gone())
+        dying = asyncio.create_task(self._die(), name=f"death of {self.id}")
+        try:
+            await self._body.finish_end(is_failed=self.error is not None)
+        finally:
+            self.dead.set()
+            dying.cancel()
+            if self._end_of_unit is not None:
+                self._end_of_unit.cancel()
         self.settled.set()
-
-    async def _destroy(self) -> str | None:
-        """Free everything; returns what was left, or None. The record then stays `stopping`, for the next start."""
-        dying = asyncio.create_task(self._die())
-        left = None
-        for attempt in range(_DESTROY_ATTEMPTS):
-            try:
-                await self._driver.destroy(self.id)
-            except MachineError as error:
-                left = _explain(error)
-                logger.warning("machine %s cannot be freed (attempt %d): %s", self.id, attempt + 1, left)
-                await asyncio.sleep(_DESTROY_RETRY_S)
-            else:
-                left = None
-                break
-        self.dead.set()
-        dying.cancel()
-        return left
 
     async def _die(self) -> None:
         """The sandbox ends well before all it held is free; whoever asked for the end need not wait for that."""
-        with contextlib.suppress(MachineError):
-            await self._driver.wait(self.id)
+        if self._end_of_unit is not None:
+            await asyncio.wait([self._end_of_unit])
         self.dead.set()
 
-    async def _save(self) -> None:
-        try:
-            async with self._saving:
-                await asyncio.to_thread(self._journal.save, self.record)
-        except OSError as error:
-            raise MachineError("driver_failed", "the journal cannot be written", detail=str(error)) from error
+    def _gone(self) -> MachineError:
+        cause = self.record.cause if self._stop is None else self._stop.cause
+        return MachineError("machine_not_running", "the machine has ended", detail=cause)
 
-    async def _try_to_save(self) -> None:
-        """An end goes on without its record: a next hostd finds the machine gone, or without an owner."""
+    def _watch_unit(self) -> None:
+        """Notice the end of the unit that it has now."""
+        if self._end_of_unit is not None:
+            self._end_of_unit.cancel()
+        unit = self._body.unit
+        if unit is None:
+            self._end_of_unit = None
+            return
+        self._end_of_unit = asyncio.create_task(self._wait(unit.id), name=f"wait {unit.id}")
+
+    async def _wait(self, unit: str) -> Exit:
         try:
-            await self._save()
+            end = await self._driver.wait(unit)
         except MachineError as error:
-            logger.warning("machine %s: %s: %s", self.id, error.message, error.detail)
-
-    def _tell(self) -> None:
-        record = self.record
-        why = ": ".join(filter(None, (record.cause, record.detail)))
-        logger.info("machine %s is %s%s", self.id, record.state, f" ({why})" if why else "")
-        self._on_change(record.info())
-
-
-def _explain(error: VmmError) -> str:
-    return f"{error.message}: {error.detail}" if error.detail else error.message
+            end = Exit(StopCause.LOST, explain(error))
+        self._signal.set()
+        return end

@@ -1,95 +1,128 @@
-"""All machines of the host: admission, recovery after a restart, the end of everything."""
+"""All machines of the host: admission, recovery after a restart, relief when memory is short, the end of everything."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import secrets
 import time
-from collections.abc import Callable
-from pathlib import Path
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, replace
 
 from vmm.drivers.base import Driver
-from vmm.errors import MachineError
+from vmm.errors import MachineError, VmmError
+from vmm.host.admission import available_memory_bytes, check_disk, check_id, check_memory, check_spec
+from vmm.host.body import Parts, ended_lost
 from vmm.host.config import HostConfig
-from vmm.host.journal import Journal, Record
+from vmm.host.images import Images
+from vmm.host.journal import Journal, Record, SnapshotRecord
 from vmm.host.machine import Machine
+from vmm.host.snapshots import Snapshots
+from vmm.host.units import Units
 from vmm.tasks import run_in_background, stop
-from vmm.types import MachineInfo, MachineSpec, MachineState, MachineStats, StopCause
+from vmm.types import (
+    ChildSpec,
+    Fork,
+    ForkFailure,
+    MachineInfo,
+    MachineSpec,
+    MachineState,
+    MachineStats,
+    SnapshotInfo,
+    StopCause,
+)
 
 logger = logging.getLogger(__name__)
 
-_ID_LENGTH = 36
-_HOSTNAME_MAX = 63
-_MEMORY_MIB_MIN = 128
-_DISK_MIB_MIN = 16
-_MIB = 1024 * 1024
 #: Refusals after which nothing of the machine is remembered, so that the same id may be tried again.
-_FORGOTTEN = frozenset({"no_capacity", "limit_exceeded", "template_not_found", "driver_failed"})
+_FORGOTTEN = frozenset(
+    {
+        "driver_failed",
+        "limit_exceeded",
+        "no_capacity",
+        "snapshot_corrupt",
+        "snapshot_incompatible",
+        "snapshot_not_found",
+        "template_not_found",
+    }
+)
 _ENDED_MAX = 2000
 _TIDY_PERIOD_S = 60.0
+_RELIEF_PERIOD_S = 1.0
+
+Change = MachineInfo | SnapshotInfo
 
 
 class Machines:
     """The machines by id. Ended ones are kept for a while to say why they ended."""
 
-    def __init__(self, config: HostConfig, driver: Driver) -> None:
+    def __init__(
+        self, config: HostConfig, driver: Driver, *, available_bytes: Callable[[], int] = available_memory_bytes
+    ) -> None:
         self.driver = driver
         self._config = config
-        self._journal = Journal(config.home / "host" / "machines")
+        self._available_bytes = available_bytes
+        host = config.home / "host"
+        self._journal = Journal(host / "machines", Record)
         self._machines: dict[str, Machine] = {}
-        self._watchers: set[Callable[[MachineInfo], None]] = set()
+        self._watchers: set[Callable[[Change], None]] = set()
         self._is_closing = False
-        self._tidier: asyncio.Task[None] | None = None
+        self._chores: list[asyncio.Task[None]] = []
+        self.snapshots = Snapshots(Journal(host / "snapshots", SnapshotRecord), self._changed)
+        self._images = Images(host / "images", driver, self._image_of, self._is_needed)
+        self.snapshots.images = self._images
+        self._forks: dict[str, str] = {}
+        self._units = Units(driver, boot_timeout_s=config.boot_timeout_s)
+        self._parts = Parts(
+            driver,
+            self._units,
+            self._images,
+            self._journal,
+            on_change=self._changed,
+            make_room=lambda wanted_mib: check_memory(config, wanted_mib),
+        )
 
     async def open(self) -> None:
         """Get the driver ready, adopt what still runs, finish what was under way, and end what nobody knows."""
         await self.driver.open()
+        await self.snapshots.load()
         for record in await asyncio.to_thread(self._journal.load):
             await self._recover(record)
-        running = {machine.id for machine in self._machines.values() if not machine.record.is_over}
-        for machine_id in await self.driver.sweep(running):
-            logger.warning("ended machine %s, which no record owned", machine_id)
-        self._tidier = run_in_background(self._tidy(), "tidier")
+        units = {machine.record.unit for machine in self._machines.values() if not machine.record.is_over}
+        for unit in await self.driver.sweep({unit for unit in units if unit is not None}):
+            logger.warning("ended unit %s, which no record owned", unit)
+        await asyncio.to_thread(self._images.sweep)
+        self._chores = [run_in_background(self._tidy(), "tidier"), run_in_background(self._relieve(), "relief")]
 
     async def _recover(self, record: Record) -> None:
-        machine_id = record.spec.id
-        if record.state is MachineState.PREPARING:
-            # Whoever asked for it has lost the connection and asks again, with the same id.
-            await asyncio.to_thread(self._journal.remove, machine_id)
-            return
         machine = self._new_machine(record)
-        if record.state is MachineState.RUNNING and record.placement is not None:
-            if await self.driver.adopt(machine_id, record.placement):
-                await self.driver.thaw(machine_id)
-                logger.info("adopted machine %s", machine_id)
-                # Activity since the record was written is unknown; count it as active now rather than end it early.
-                record.last_active_at = time.time()
-                machine.settled.set()
-                machine.start(adopted=True)
-                return
-            record.cause, record.detail = StopCause.LOST, "it ended while the host service was away"
+        if not record.is_over and record.state is not MachineState.STOPPING and await machine.recover():
+            logger.info("machine %s is %s again", record.id, machine.record.state)
+            return
+        ended = ended_lost(record)
         if not record.is_over:
-            record.state = MachineState.STOPPED
-            record.stopped_at = time.time()
-            await asyncio.to_thread(self._journal.save, record)
+            await asyncio.to_thread(self._journal.save, ended)
+        machine = self._new_machine(ended)
         machine.settled.set()
         machine.dead.set()
 
     async def close(self) -> None:
-        """End every machine, as many at once as the driver can, and give the host back as it was."""
+        """End every machine that runs and leave those that are paused in their images; give the host back as it was."""
         self._is_closing = True
-        await stop(self._tidier)
+        for chore in self._chores:
+            await stop(chore)
         for machine in self._machines.values():
-            machine.stop(StopCause.SHUTDOWN)
+            if machine.record.is_paused:
+                machine.leave()
+            else:
+                machine.stop(StopCause.SHUTDOWN)
         ends = [asyncio.create_task(machine.over()) for machine in self._machines.values()]
-        if ends:
-            _, late = await asyncio.wait(ends, timeout=self._config.shutdown_timeout_s)
-            for end in late:
-                end.cancel()
-            if late:
-                logger.error("%d machines did not end in time; the next start ends them", len(late))
+        ends.append(asyncio.create_task(self._units.settle()))
+        _, late = await asyncio.wait(ends, timeout=self._config.shutdown_timeout_s)
+        for end in late:
+            end.cancel()
+        if late:
+            logger.error("%d machines did not end in time; the next start ends them", len(late))
         await self.driver.close()
 
     async def create(self, spec: MachineSpec) -> MachineInfo:
@@ -97,16 +130,67 @@ class Machines:
         machine = self._machines.get(spec.id)
         if machine is None:
             self._admit(spec)
-            now = time.time()
-            record = Record(spec, secrets.token_hex(32), now, now, spec.expires_at, spec.idle_timeout_s)
-            machine = self._new_machine(record)
-            self._changed(record.info())
+            machine = self._new_machine(Record.new(spec, time.time()))
+            self._changed(machine.record.info())
             machine.start()
         await machine.settled.wait()
         if machine.error is not None:
             if machine.error.code in _FORGOTTEN:
-                await self._forget(machine)
+                self._forget(machine)
             raise MachineError(machine.error.code, machine.error.message, detail=machine.error.detail)
+        return machine.record.info()
+
+    async def fork(self, machine_id: str, children: Sequence[ChildSpec]) -> Fork:
+        """Save a machine once and restore it under each child's name, all at once. Raises MachineError for the save."""
+        parent = self.find_live(machine_id)
+        specs = [self._child_spec(parent, child) for child in children]
+        image, pause_ms = "", 0.0
+        try:
+            if any(spec.id not in self._machines for spec in specs):
+                image, pause_ms = await self._capture(parent)
+            return Fork(tuple(await asyncio.gather(*(self._fork_one(spec, image) for spec in specs))), pause_ms)
+        finally:
+            if self._forks.pop(image, None) is not None:
+                self._images.release_later(image)
+
+    async def _capture(self, parent: Machine) -> tuple[str, float]:
+        """An image of the machine now, kept until it is dropped from `_forks`."""
+        image = str(uuid.uuid4())
+        capture = await parent.save(image)
+        self._forks[capture.image] = parent.id
+        if capture.saved is None:
+            return capture.image, 0.0
+        await self._images.publish(image, capture.saved, capture.record, lambda _: None)
+        return image, capture.saved.pause_s * 1000
+
+    async def _fork_one(self, spec: MachineSpec, image: str) -> MachineInfo | ForkFailure:
+        try:
+            return await self.create(replace(spec, snapshot=image))
+        except VmmError as error:
+            return ForkFailure(spec.id, error.code, error.message, error.detail)
+
+    async def pause(self, machine_id: str, *, hibernate: bool) -> MachineInfo:
+        """Freeze or hibernate a machine."""
+        return await self._move(machine_id, lambda machine: machine.pause(hibernate=hibernate))
+
+    async def resume(self, machine_id: str) -> MachineInfo:
+        """Have a machine run again."""
+        return await self._move(machine_id, Machine.resume)
+
+    async def restore(self, machine_id: str, snapshot_id: str) -> MachineInfo:
+        """Take a machine back to a snapshot."""
+        self.snapshots.image_of(snapshot_id)
+        return await self._move(machine_id, lambda machine: machine.restore(snapshot_id))
+
+    async def snapshot(self, snapshot_id: str, machine_id: str) -> SnapshotInfo:
+        """Take a snapshot of a machine."""
+        check_id(snapshot_id)
+        return await self.snapshots.create(snapshot_id, self.find_live(machine_id))
+
+    async def _move(self, machine_id: str, move: Callable[[Machine], Awaitable[None]]) -> MachineInfo:
+        machine = self.find_live(machine_id)
+        await machine.settled.wait()
+        await move(machine)
         return machine.record.info()
 
     async def destroy(self, machine_id: str, cause: StopCause) -> bool:
@@ -125,12 +209,23 @@ class Machines:
             raise MachineError("machine_not_found", f"there is no machine {machine_id[:64]!r}")
         return machine
 
-    def find_running(self, machine_id: str) -> Machine:
-        """A machine that runs. Raises MachineError: `machine_not_found`, `machine_not_running`."""
+    def find_live(self, machine_id: str) -> Machine:
+        """A machine that has not ended, paused or not. Raises MachineError as `find`, and `machine_not_running`."""
         machine = self.find(machine_id)
-        if machine.record.state is not MachineState.RUNNING:
-            detail = machine.record.cause or machine.record.state
-            raise MachineError("machine_not_running", f"machine {machine_id} does not run", detail=detail)
+        record = machine.record
+        if record.is_over or record.state is MachineState.STOPPING:
+            raise MachineError(
+                "machine_not_running", f"machine {machine_id} does not run", detail=record.cause or record.state
+            )
+        return machine
+
+    def find_usable(self, machine_id: str, *, is_passive: bool) -> Machine:
+        """A machine that runs, or that use wakes. Raises MachineError as `find_live`, and `machine_paused`."""
+        machine = self.find_live(machine_id)
+        if machine.record.state is MachineState.PREPARING:
+            raise MachineError("machine_not_running", f"machine {machine_id} does not run yet", detail="preparing")
+        if machine.record.is_paused and (is_passive or not machine.record.auto_resume):
+            raise MachineError("machine_paused", f"machine {machine_id} is paused", detail=machine.record.state)
         return machine
 
     def infos(self) -> list[MachineInfo]:
@@ -143,49 +238,60 @@ class Machines:
         return sum(1 for machine in self._machines.values() if not machine.record.is_over)
 
     async def stats(self, machine_id: str) -> MachineStats:
-        """Resource use of a running machine."""
-        return await self.driver.stats(self.find_running(machine_id).id)
+        """Resource use of a running or frozen machine. Raises MachineError(`machine_paused`) while hibernated."""
+        unit = self.find_live(machine_id).record.unit
+        if unit is None:
+            raise MachineError("machine_paused", f"machine {machine_id} is hibernated")
+        return await self.driver.stats(unit)
 
-    def watch(self, watcher: Callable[[MachineInfo], None]) -> Callable[[], None]:
+    def watch(self, watcher: Callable[[Change], None]) -> Callable[[], None]:
         """Call `watcher` on every change of state from now on; returns how to stop that."""
         self._watchers.add(watcher)
         return lambda: self._watchers.discard(watcher)
 
     def _new_machine(self, record: Record) -> Machine:
-        machine = Machine(record, self.driver, self._journal, self._config, self._changed)
+        machine = Machine(record, self._parts, self._config)
         self._machines[machine.id] = machine
         return machine
 
-    def _changed(self, info: MachineInfo) -> None:
+    def _changed(self, change: Change) -> None:
         for watcher in list(self._watchers):
-            watcher(info)
+            watcher(change)
 
     def _admit(self, spec: MachineSpec) -> None:
         """Refuse what is malformed, too large, or more than the host can take now."""
-        config = self._config
         if self._is_closing:
             raise MachineError("no_capacity", "the host is shutting down")
-        _check_names(spec)
-        limits = (
-            ("memory_mib", spec.memory_mib, _MEMORY_MIB_MIN, config.memory_mib_max),
-            ("disk_mib", spec.disk_mib, _DISK_MIB_MIN, config.disk_mib_max),
-            ("cpu_count", spec.cpu_count, 0.05, config.cpu_count_max),
-        )
-        for name, value, least, most in limits:
-            if not least <= value <= most:
-                raise MachineError("limit_exceeded", f"{name} must be between {least} and {most}")
-        if self.live_count >= config.machines_max:
+        check_spec(spec, self._config)
+        if self.live_count >= self._config.machines_max:
             raise MachineError("no_capacity", "the host runs as many machines as it may")
-        if available_memory_bytes() < config.memory_reserve_mib * _MIB:
-            raise MachineError("no_capacity", "the host is short of memory")
-        disk = os.statvfs(config.home)
-        if disk.f_bavail * disk.f_frsize < config.disk_reserve_mib * _MIB:
-            raise MachineError("no_capacity", "the host is short of disk space")
+        check_memory(self._config)
+        check_disk(self._config)
 
-    async def _forget(self, machine: Machine) -> None:
+    def _child_spec(self, parent: Machine, child: ChildSpec) -> MachineSpec:
+        shape = parent.record.spec
+        spec = MachineSpec(
+            template=shape.template,
+            cpu_count=shape.cpu_count,
+            memory_mib=shape.memory_mib,
+            disk_mib=shape.disk_mib,
+            **asdict(child),
+        )
+        check_spec(spec, self._config)
+        return spec
+
+    def _image_of(self, snapshot_id: str) -> str:
+        """Forks are made from images that no snapshot names."""
+        return snapshot_id if snapshot_id in self._forks else self.snapshots.image_of(snapshot_id)
+
+    def _is_needed(self, image: str) -> bool:
+        owners = (machine.record for machine in self._machines.values() if not machine.record.is_over)
+        return image in self._forks or self.snapshots.names(image) or any(owner.image == image for owner in owners)
+
+    def _forget(self, machine: Machine) -> None:
         if self._machines.get(machine.id) is machine:
             del self._machines[machine.id]
-            await asyncio.to_thread(self._journal.remove, machine.id)
+            self._journal.remove(machine.id)
 
     async def _tidy(self) -> None:
         """Forget machines that ended long ago, or first when there are very many."""
@@ -197,21 +303,18 @@ class Machines:
             surplus = len(ended) - _ENDED_MAX
             for number, machine in enumerate(ended):
                 if number < surplus or (machine.record.stopped_at or 0.0) < oldest_kept:
-                    await self._forget(machine)
+                    self._forget(machine)
 
+    async def _relieve(self) -> None:
+        """While memory is short, hibernate the machine that has been frozen for longest."""
+        while True:
+            await asyncio.sleep(_RELIEF_PERIOD_S)
+            if self._available_bytes() < self._config.hibernate_below_mib * 1024 * 1024:
+                self.relieve()
 
-def available_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """What the kernel could give without swapping."""
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _check_names(spec: MachineSpec) -> None:
-    """Ids become file and group names: only a UUID's characters, and its length, as nothing may be another's prefix."""
-    if len(spec.id) != _ID_LENGTH or not all(c in "0123456789abcdef-" for c in spec.id):
-        raise MachineError("bad_request", "id must be a lower-case UUID")
-    name = spec.hostname
-    if not (0 < len(name) <= _HOSTNAME_MAX and name.isascii() and name.replace("-", "a").isalnum()):
-        raise MachineError("bad_request", "hostname must be letters, digits and hyphens, at most 63")
+    def relieve(self) -> None:
+        """Hibernate one frozen machine, unless one is on its way already."""
+        states = [machine.record.state for machine in self._machines.values()]
+        frozen = [machine for machine in self._machines.values() if machine.record.state is MachineState.FROZEN]
+        if frozen and MachineState.HIBERNATING not in states:
+            min(frozen, key=lambda machine: machine.record.frozen_at or 0.0).hibernate_soon()

@@ -11,7 +11,17 @@ import msgspec
 
 from vmm.errors import MachineError
 from vmm.host.machines import Machines
-from vmm.types import HostInfo, MachineInfo, MachineSpec, MachineStats, StopCause
+from vmm.types import (
+    ChildSpec,
+    ForkFailure,
+    HostInfo,
+    IdleAction,
+    MachineInfo,
+    MachineSpec,
+    MachineStats,
+    SnapshotInfo,
+    StopCause,
+)
 
 Handler = Callable[["Host", Mapping[str, Any]], Awaitable[Any]]
 
@@ -51,10 +61,48 @@ async def _list(host: Host, _: Mapping[str, Any]) -> dict[str, list[MachineInfo]
 
 
 async def _update(host: Host, op: Mapping[str, Any]) -> MachineInfo:
-    machine = host.machines.find_running(_text(op, "id"))
-    names = [name for name in ("expires_at", "idle_timeout_s") if name in op]
-    await machine.update(**{name: _decode(float | None, op[name]) for name in names})
+    machine = host.machines.find_live(_text(op, "id"))
+    machine.update(**{name: _decode(shape, op[name]) for name, shape in _SETTINGS.items() if name in op})
     return machine.record.info()
+
+
+async def _pause(host: Host, op: Mapping[str, Any]) -> MachineInfo:
+    return await host.machines.pause(_text(op, "id"), hibernate=_decode(bool, op.get("hibernate", False)))
+
+
+async def _resume(host: Host, op: Mapping[str, Any]) -> MachineInfo:
+    return await host.machines.resume(_text(op, "id"))
+
+
+async def _restore(host: Host, op: Mapping[str, Any]) -> MachineInfo:
+    return await host.machines.restore(_text(op, "id"), _text(op, "snapshot"))
+
+
+async def _fork(host: Host, op: Mapping[str, Any]) -> dict[str, Any]:
+    fork = await host.machines.fork(_text(op, "id"), _decode(list[ChildSpec], op.get("children")))
+    return {"machines": [_child(made) for made in fork.machines], "pause_ms": fork.pause_ms}
+
+
+def _child(made: MachineInfo | ForkFailure) -> MachineInfo | dict[str, Any]:
+    if isinstance(made, MachineInfo):
+        return made
+    return {"id": made.id, "error": {"code": made.code, "message": made.message, "detail": made.detail}}
+
+
+async def _snapshot(host: Host, op: Mapping[str, Any]) -> SnapshotInfo:
+    return await host.machines.snapshot(_text(op, "id"), _text(op, "machine"))
+
+
+async def _get_snapshot(host: Host, op: Mapping[str, Any]) -> SnapshotInfo:
+    return host.machines.snapshots.find(_text(op, "id")).info
+
+
+async def _list_snapshots(host: Host, _: Mapping[str, Any]) -> dict[str, list[SnapshotInfo]]:
+    return {"snapshots": host.machines.snapshots.infos()}
+
+
+async def _delete_snapshot(host: Host, op: Mapping[str, Any]) -> dict[str, bool]:
+    return {"existed": await host.machines.snapshots.delete(_text(op, "id"))}
 
 
 async def _touch(host: Host, op: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,6 +138,15 @@ async def _info(host: Host, _: Mapping[str, Any]) -> HostInfo:
     )
 
 
+#: What `machine.update` takes.
+_SETTINGS: dict[str, Any] = {
+    "expires_at": float | None,
+    "idle_timeout_s": float | None,
+    "idle_action": IdleAction,
+    "auto_resume": bool,
+    "hibernate_after_s": float | None,
+}
+
 _HANDLERS: dict[str, Handler] = {
     "machine.create": _create,
     "machine.destroy": _destroy,
@@ -98,6 +155,14 @@ _HANDLERS: dict[str, Handler] = {
     "machine.update": _update,
     "machine.touch": _touch,
     "machine.stats": _stats,
+    "machine.pause": _pause,
+    "machine.resume": _resume,
+    "machine.restore": _restore,
+    "machine.fork": _fork,
+    "snapshot.create": _snapshot,
+    "snapshot.get": _get_snapshot,
+    "snapshot.list": _list_snapshots,
+    "snapshot.delete": _delete_snapshot,
     "template.list": _templates,
     "host.info": _info,
 }

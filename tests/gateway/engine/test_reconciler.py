@@ -63,13 +63,18 @@ async def test_every_worker_hears_an_end_and_one_records_it(
 ) -> None:
     made = await engine.create_sandbox(principal, CreateSandbox(new_id()))
     watchers = [asyncio.create_task(HostWatcher(engine).run()) for _ in range(workers)]
-    await driver.end(made.id, Exit(StopCause.OOM, "killed by the kernel"))
+    await driver.end(await unit_of(engine, made.id), Exit(StopCause.OOM, "killed by the kernel"))
     await until(lambda: is_in(engine, principal, made.id, DESTROYED))
     ended = await engine.get_sandbox(principal, GetSandbox(made.id))
     assert (ended.stop_cause, ended.stop_detail) == ("oom", "killed by the kernel")
     for watcher in watchers:
         watcher.cancel()
     await asyncio.wait(watchers)
+
+
+async def unit_of(engine: Engine, machine_id: str) -> str:
+    """What its driver calls a machine."""
+    return (await engine.context.host.get_machine(machine_id)).unit or ""
 
 
 async def is_in(engine: Engine, principal: Principal, sandbox_id: str, state: SandboxState) -> bool:
@@ -105,7 +110,7 @@ async def test_a_machine_that_ended_unheard_keeps_its_cause(
     engine: Engine, principal: Principal, driver: FakeDriver
 ) -> None:
     made = await engine.create_sandbox(principal, CreateSandbox(new_id()))
-    await driver.end(made.id, Exit(StopCause.EXITED))
+    await driver.end(await unit_of(engine, made.id), Exit(StopCause.EXITED))
     await until(lambda: is_gone(engine, made.id))
     await settle(engine)
     assert await state_of(engine, principal, made.id) == (DESTROYED, "exited")

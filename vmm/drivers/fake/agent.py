@@ -1,7 +1,7 @@
 """The agent of fake machines: real frames over real sockets, in front of a file tree and processes in memory.
 
-One `Connection` per client; it finds its machine by the token in the HELLO, so that a thousand machines can share one
-listener. Stream ids, credits, offsets, exits and their acknowledgement follow docs/protocol.md.
+One `Connection` per client; it finds its machine by the address that was dialled, so that a thousand machines can share
+one listener. Stream ids, credits, offsets, exits and their acknowledgement follow docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -34,18 +34,17 @@ _EXITED_MAX = 1_000
 class Guest:
     """The inside of one fake machine."""
 
-    def __init__(self, token: str, env: Mapping[str, str], faults: Faults, guests: dict[str, Guest]) -> None:
-        """guests: every guest by its token; this one keeps its own row right."""
+    def __init__(self, token: str, faults: Faults) -> None:
         self.files = FileTree()
         self.faults = faults
         self.boot_id = str(uuid.uuid4())
         self.connections: set[Connection] = set()
         self.processes: dict[str, Process] = {}
-        self.env = dict(env)
+        self.env: dict[str, str] = {}
         self.hostname = ""
         self.token = token
-        self._guests = guests
-        guests[token] = self
+        self.may_run = asyncio.Event()
+        self.may_run.set()
         self._started = time.monotonic()
         self._last_pid = 1
 
@@ -56,7 +55,8 @@ class Guest:
             return known, True
         check(op)
         self._last_pid += 1
-        process = Process(self._last_pid, op, self.files, {**self.env, **(op.get("env") or {})})
+        env = {**self.env, **(op.get("env") or {})}
+        process = Process(self._last_pid, op, self.files, env, may_run=self.may_run)
         self.processes[process.id] = process
         exited = [other.id for other in self.processes.values() if other.exit is not None]
         for old in exited[:-_EXITED_MAX]:
@@ -88,15 +88,42 @@ class Guest:
         for connection in list(self.connections):
             connection.abort()
 
-    def replace_token(self, token: str) -> None:
-        """Ask for another token from now on."""
-        self._guests.pop(self.token, None)
-        self.token = token
-        self._guests[token] = self
+    def freeze(self) -> None:
+        """Let everything in it stand still."""
+        self.may_run.clear()
+        for connection in self.connections:
+            connection.wire.pause_reading()
+
+    def thaw(self) -> None:
+        """Undo `freeze`."""
+        self.may_run.set()
+        for connection in self.connections:
+            connection.wire.resume_reading()
+
+    def dump(self) -> dict[str, Any]:
+        """Files, processes and names of this instant, in plain values."""
+        return {
+            "files": self.files.dump(),
+            "processes": [process.dump() for process in self.processes.values()],
+            "env": self.env,
+            "hostname": self.hostname,
+            "token": self.token,
+            "last_pid": self._last_pid,
+        }
+
+    @classmethod
+    def load(cls, dumped: Mapping[str, Any], faults: Faults) -> Guest:
+        """A guest that goes on where another one was dumped."""
+        guest = cls(dumped["token"], faults)
+        guest.files.load(dumped["files"])
+        guest.env, guest.hostname, guest._last_pid = dict(dumped["env"]), dumped["hostname"], dumped["last_pid"]
+        for saved in dumped["processes"]:
+            process = Process(saved["pid"], saved["op"], guest.files, saved["env"], may_run=guest.may_run, saved=saved)
+            guest.processes[process.id] = process
+        return guest
 
     async def stop(self) -> None:
         """End everything in it."""
-        self._guests.pop(self.token, None)
         self.cut()
         await asyncio.gather(*(process.stop() for process in self.processes.values()))
 
@@ -105,6 +132,7 @@ class Connection:
     """One client of one guest."""
 
     def __init__(self, find: Callable[[str], Guest | None]) -> None:
+        """find: the guest at an address."""
         self.wire = FrameProtocol(self._on_frame, self._on_lost)
         self._find = find
         self._guest: Guest | None = None
@@ -144,14 +172,16 @@ class Connection:
 
     def _greet(self, kind: int, payload: bytes) -> None:
         hello = orjson.loads(payload) if kind == frames.HELLO else {}
-        guest = self._find(str(hello.get("token")))
-        if guest is None:
+        guest = self._find(self.wire.local_address)
+        if guest is None or hello.get("token") != guest.token:
             refusal = {"code": "unauthorized", "message": "wrong token"}
             self.send(frames.encode(frames.ERROR, 0, 0, orjson.dumps(refusal)))
             self.wire.close()
             return
         self._guest = guest
         guest.connections.add(self)
+        if not guest.may_run.is_set():
+            self.wire.pause_reading()
         answer = {"version": 1, "role": "agent", "boot_id": guest.boot_id}
         self.send(frames.encode(frames.HELLO, 0, 0, orjson.dumps(answer)))
 
@@ -341,7 +371,7 @@ class ServerStream:
         for name in self._op.get("unset") or ():
             self._guest.env.pop(name, None)
         if token := self._op.get("token"):
-            self._guest.replace_token(token)
+            self._guest.token = token
         self._reply(_NO_HOOKS)
 
     async def op_answer(self) -> None:

@@ -39,6 +39,14 @@ class FileTree:
         for path in _STANDARD:
             self.mkdir(path)
 
+    def dump(self) -> Any:
+        """Everything, in plain values."""
+        return _dump(self._root)
+
+    def load(self, dumped: Any) -> None:
+        """Become what was dumped."""
+        self._root = _load(dumped)
+
     def entry(self, path: str) -> dict[str, Any]:
         """The entry at a path as the agent describes it."""
         path = _clean(path)
@@ -218,6 +226,17 @@ def _walk(path: str, node: Node, depth: int | None) -> Iterator[tuple[str, Node]
         yield child_path, child
         if child.children is not None and depth != 1:
             yield from _walk(child_path, child, None if depth is None else depth - 1)
+
+
+def _dump(node: Node) -> Any:
+    children = None if node.children is None else {name: _dump(child) for name, child in node.children.items()}
+    return [node.mode, node.data, children, node.owner, node.modified_at]
+
+
+def _load(dumped: Any) -> Node:
+    mode, data, children, owner, modified_at = dumped
+    loaded = None if children is None else {name: _load(child) for name, child in children.items()}
+    return Node(mode, data, loaded, owner, modified_at)
 
 
 def _copy(node: Node) -> Node:

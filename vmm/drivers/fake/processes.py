@@ -3,6 +3,9 @@
     running ──▶ exited, kept until its status is acknowledged or 1 000 newer ones exist
 
 Output waits in a buffer per channel until a reader has given credit for it, as with the real agent.
+
+A program keeps what it has done so far in `Process.memory` and goes on from there when it is called again. So it can be
+saved between two steps and restored elsewhere, and it stands still while `Process.may_run` is not set.
 """
 
 from __future__ import annotations
@@ -82,6 +85,15 @@ class Output:
         self.is_ended = True
         self._changed.notify()
 
+    def dump(self) -> Any:
+        """Everything, in plain values."""
+        return [self.end, self.credited, self.is_ended, bytes(self._kept)]
+
+    def load(self, dumped: Any) -> None:
+        """Become what was dumped."""
+        self.end, self.credited, self.is_ended, kept = dumped
+        self._kept = bytearray(kept)
+
     async def _make_room(self, size: int) -> None:
         deadline = time.monotonic() + _UNREAD_WAIT_S
         while (over := len(self._kept) + size - self._bytes_max) > 0 and self.start + over > self.credited:
@@ -117,6 +129,15 @@ class Input:
         self.is_ended = True
         self._changed.notify()
 
+    def dump(self) -> Any:
+        """Everything, in plain values."""
+        return [self.offset, self.read_bytes, self.is_ended, bytes(self._kept)]
+
+    def load(self, dumped: Any) -> None:
+        """Become what was dumped."""
+        self.offset, self.read_bytes, self.is_ended, kept = dumped
+        self._kept = bytearray(kept)
+
     async def read(self) -> bytes:
         """What has arrived; empty at the end."""
         while not self._kept and not self.is_ended:
@@ -131,8 +152,20 @@ class Input:
 class Process:
     """One of them. `changed` tells of output, of input taken and of its end."""
 
-    def __init__(self, pid: int, op: Mapping[str, Any], files: FileTree, env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        pid: int,
+        op: Mapping[str, Any],
+        files: FileTree,
+        env: Mapping[str, str],
+        *,
+        may_run: asyncio.Event,
+        saved: Mapping[str, Any] | None = None,
+    ) -> None:
+        """may_run: set while the machine is not frozen.  saved: what `dump` gave, to go on from there."""
         self.id = str(op["id"])
+        self.memory: dict[str, Any] = {}
+        self.may_run = may_run
         self.pid = pid
         self.op = op
         self.files = files
@@ -146,10 +179,33 @@ class Process:
             self.input.finish()
         channels = (PTY,) if op.get("pty") else (STDOUT, STDERR)
         self.outputs = {channel: Output(op.get("log_bytes_max") or LOG_BYTES_MAX, self.changed) for channel in channels}
+        if saved is not None:
+            self._load(saved)
         self._task = asyncio.create_task(self._live(), name=f"fake process {self.id}")
+
+    def dump(self) -> dict[str, Any]:
+        """Everything, in plain values."""
+        return {
+            "pid": self.pid,
+            "op": self.op,
+            "env": dict(self.env),
+            "started_at": self.started_at,
+            "exit": self.exit,
+            "memory": self.memory,
+            "input": self.input.dump(),
+            "outputs": {str(channel): output.dump() for channel, output in self.outputs.items()},
+        }
+
+    def _load(self, saved: Mapping[str, Any]) -> None:
+        self.started_at, self.exit = saved["started_at"], saved["exit"]
+        self.memory = dict(saved["memory"])
+        self.input.load(saved["input"])
+        for channel, output in self.outputs.items():
+            output.load(saved["outputs"][str(channel)])
 
     async def write(self, data: bytes, channel: int = STDOUT) -> None:
         """Print."""
+        await self.may_run.wait()
         await self.outputs[PTY if PTY in self.outputs else channel].write(data)
 
     def signal(self, number: int) -> None:
@@ -184,10 +240,13 @@ class Process:
         await asyncio.wait([self._task])
 
     async def _live(self) -> None:
+        if self.exit is not None:
+            return
         limit = self.op.get("timeout_s")
         try:
             async with asyncio.timeout(limit):
                 code = await _run(self)
+            await self.may_run.wait()
             self._end(code, "exited", None)
         except TimeoutError:
             self._end(124, "timeout", signals.SIGTERM)
@@ -215,18 +274,20 @@ async def _run(process: Process) -> int:
     argv = process.op.get("argv")
     if argv is not None:
         return await _run_program(process, argv)
-    code = 0
-    for line in str(process.op["shell"]).split(";"):
-        for part in line.split("&&"):
-            code = await _run_program(process, shlex.split(part))
-            if code:
-                break
-    return code
+    memory = process.memory
+    lines = [line.split("&&") for line in str(process.op["shell"]).split(";")]
+    while (at := memory.get("line", 0)) < len(lines):
+        part = memory.get("part", 0)
+        memory["code"] = await _run_program(process, shlex.split(lines[at][part]))
+        is_over = memory["code"] or part + 1 == len(lines[at])
+        memory.update({"line": at + 1, "part": 0} if is_over else {"part": part + 1}, program={})
+    return int(memory.get("code", 0))
 
 
 async def _run_program(process: Process, argv: list[str]) -> int:
     if not argv:
         return 0
+    await process.may_run.wait()
     program = PROGRAMS.get(argv[0].rpartition("/")[2])
     if program is None:
         await process.write(f"{argv[0]}: command not found\n".encode(), STDERR)
@@ -255,8 +316,24 @@ async def _echo(process: Process, arguments: list[str]) -> int:
     return 0
 
 
-async def _sleep(_: Process, arguments: list[str]) -> int:
-    await asyncio.sleep(float(arguments[0]))
+async def _sleep(process: Process, arguments: list[str]) -> int:
+    until = _progress(process).setdefault("until", time.time() + float(arguments[0]))
+    await asyncio.sleep(max(0.0, until - time.time()))
+    return 0
+
+
+async def _count(process: Process, arguments: list[str]) -> int:
+    """`count [DELAY [LAST]]`: 1, 2, 3, … a line each."""
+    delay_s = float(arguments[0]) if arguments else 0.01
+    last = int(arguments[1]) if len(arguments) > 1 else None
+    progress = _progress(process)
+    while last is None or progress.get("count", 0) < last:
+        await asyncio.sleep(delay_s)
+        await process.may_run.wait()
+        count = progress.get("count", 0) + 1
+        # Noted in the same instant as it is written, or a copy would skip or repeat a line.
+        await process.write(f"{count}\n".encode())
+        progress["count"] = count
     return 0
 
 
@@ -286,18 +363,26 @@ async def _pwd(process: Process, _: list[str]) -> int:
 async def _yes(process: Process, arguments: list[str]) -> int:
     """`yes` for ever; with `| head -c N`, the first N bytes of it."""
     block = b"y\n" * (32 * 1024)
-    left = int(arguments[-1]) if arguments[:3] == ["|", "head", "-c"] else None
-    while left is None or left > 0:
-        part = block if left is None else block[:left]
+    total = int(arguments[-1]) if arguments[:3] == ["|", "head", "-c"] else None
+    progress = _progress(process)
+    while total is None or progress.get("written", 0) < total:
+        part = block if total is None else block[: total - progress.get("written", 0)]
         await process.write(part)
-        left = None if left is None else left - len(part)
+        progress["written"] = progress.get("written", 0) + len(part)
     return 0
+
+
+def _progress(process: Process) -> dict[str, Any]:
+    """What the program that runs now remembers of itself."""
+    progress: dict[str, Any] = process.memory.setdefault("program", {})
+    return progress
 
 
 Program = Callable[[Process, list[str]], Awaitable[int]]
 
 PROGRAMS: Mapping[str, Program] = {
     "cat": _cat,
+    "count": _count,
     "echo": _echo,
     "env": _env,
     "exit": _exit,
