@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 
 from gateway import settings
@@ -29,6 +30,9 @@ printed and kept in credentials.json in the data directory. Ctrl-C lets requests
 
 #: Settings that have a flag of `serve`; all others come from the environment or the TOML file.
 _FLAGS = ("home", "listen", "admin_listen", "domain", "public_url", "workers", "log_level", "log_to")
+
+#: Commands that `serve` starts its processes with. Nobody else has use for them, so no help names them.
+_PARTS = frozenset({"run-api", "run-hostd"})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,14 +74,13 @@ def parser() -> argparse.ArgumentParser:
     templates.add_parser("build", help="build what is missing; `serve` does it too")
 
     commands.add_parser("version", help="print the version")
-    # Started by `serve`, and by nobody else.
-    commands.add_parser("run-api")
-    commands.add_parser("run-hostd")
     return top
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     """The arguments, and the settings they, the environment and the TOML file make. Raises SettingsError."""
-    arguments = parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    is_part = len(given) == 1 and given[0] in _PARTS
+    arguments = argparse.Namespace(command=given[0]) if is_part else parser().parse_args(given)
     flags = {name: getattr(arguments, name, None) for name in _FLAGS}
     return arguments, settings.load(os.environ, flags)

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gateway.resources import Attribution, BuildSpec, IdleAction, SandboxState
+from gateway.resources import Attribution, BuildSpec, IdleAction, PreviewPolicy, SandboxState
 
 
 @dataclass(frozen=True, slots=True)
@@ -495,7 +495,7 @@ class StreamLogs:
 
 @dataclass(frozen=True, slots=True)
 class CreatePreview:
-    """Open a port. Opening it again changes its visibility, if given, and keeps its id.
+    """Open a port. Opening it again changes its visibility and policy, if given, and keeps its id.
 
     visibility_if_new: what a port gets that was not open, if no visibility is given.
     """
@@ -505,6 +505,17 @@ class CreatePreview:
     port: int
     visibility: Literal["public", "private"] | None = None
     visibility_if_new: Literal["public", "private"] = "private"
+    policy: PreviewPolicy | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdatePreview:
+    """Change what is given. policy replaces the whole policy."""
+
+    sandbox_id: str
+    preview_id: str
+    visibility: Literal["public", "private"] | None = None
+    policy: PreviewPolicy | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,15 +105,17 @@ class _Door:
 
     def _find(self, scope: Scope) -> tuple[BaseRoute, int]:
         """The route of a request, with its parameters put into the scope, and its body limit."""
-        is_known = False
+        allowed: set[str] = set()
         for route, bytes_max in self._index.candidates(scope["path"][len(self._prefix) :]):
             match, found = route.matches(scope)
             if match is Match.FULL:
                 scope.update(found)
                 return route, bytes_max
-            is_known = is_known or match is Match.PARTIAL
-        if is_known:
-            raise GatewayError("method_not_allowed", f"{scope['method']} is not possible here.")
+            if match is Match.PARTIAL:
+                allowed |= getattr(route, "methods", None) or set()
+        if allowed:
+            message = f"{scope['method']} is not possible here."
+            raise GatewayError("method_not_allowed", message, allowed_methods=allowed)
         raise GatewayError("route_not_found", "There is no such route.")
 
     async def _refuse(self, error: GatewayError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,6 +98,7 @@ class GatewayError(Exception):
         *,
         details: Sequence[FieldProblem] = (),
         retry_after_s: float | None = None,
+        allowed_methods: Collection[str] = (),
     ) -> None:
         super().__init__(f"{code}: {message}")
         self.row = CODES[code]
@@ -105,6 +106,7 @@ class GatewayError(Exception):
         self.message = message
         self.details = tuple(details)
         self.retry_after_s = retry_after_s
+        self.allowed_methods = tuple(sorted(allowed_methods))
 
     @property
     def source(self) -> Source:

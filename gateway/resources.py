@@ -6,7 +6,7 @@ Times are Unix seconds (float). A dialect turns them into its own spelling and n
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -206,11 +206,20 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class DirectoryListing:
+    """Entries of a directory; `is_truncated` when there are more than one answer holds."""
+
+    entries: tuple[FileEntry, ...]
+    is_truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class FileTree:
-    """A directory with everything below it down to the depth asked for."""
+    """A directory with everything below it down to the depth asked for; its root says whether that is cut short."""
 
     entry: FileEntry
     children: tuple[FileTree, ...] = ()
+    is_truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +233,19 @@ class FileChange:
 
 
 @dataclass(frozen=True, slots=True)
+class PreviewPolicy:
+    """What pages of other sites may do with a preview. None leaves it to the server in the sandbox.
+
+    allowed_origins: whose scripts may read it, `*` for all.  allow_credentials: also with cookies and keys.
+    frame_ancestors: who may show it in a frame; empty for nobody.
+    """
+
+    allowed_origins: Sequence[str] | None = None
+    allow_credentials: bool = False
+    frame_ancestors: Sequence[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Preview:
     """A port of a sandbox opened on a host of its own. private: owner's key, browser token or share only."""
 
@@ -231,6 +253,7 @@ class Preview:
     sandbox_id: str
     port: int
     visibility: Literal["public", "private"]
+    policy: PreviewPolicy
     url: str
     created_at: float
 

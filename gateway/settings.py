@@ -13,9 +13,9 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -64,6 +64,9 @@ class Settings:
     https_redirect: Annotated[bool, Row("Redirect requests of the public listener to https.")] = False
     admin_listen: Annotated[str, Row("Address of /metrics, /healthz and /readyz. Keep it private.")] = "127.0.0.1:9090"
     domain: Annotated[str, Row("Previews live at `<port>-<slug>.sandbox.<domain>`.")] = "localhost"
+    api_origins: Annotated[
+        str, Row("Origins whose pages may call the API from a browser, comma-separated, or `*`; empty: none.")
+    ] = ""
     public_url: Annotated[
         str,
         Row(
@@ -108,6 +111,45 @@ class Settings:
     idempotency_answer_bytes_max: Annotated[
         int, Row("Largest answer kept for replay; the key of a larger one is refused afterwards.", least=1024)
     ] = 8 * 1024**2
+
+    trusted_proxies: Annotated[
+        str,
+        Row(
+            "Addresses and networks of proxies in front whose `X-Forwarded-For` and `X-Forwarded-Proto` are believed,"
+            " comma-separated."
+        ),
+    ] = ""
+    plane_workers: Annotated[int, Row("Threads of the plane; 0: one per core.", least=0, most=256)] = 0
+    plane_connections_max: Annotated[int, Row("Client connections in all.", least=1)] = 20_000
+    plane_client_connections_max: Annotated[
+        int, Row("Client connections from one address, unless it is a trusted proxy's.", least=1)
+    ] = 4_000
+    plane_sandbox_connections_max: Annotated[
+        int, Row("Requests and open WebSockets to one sandbox at a time.", least=1)
+    ] = 1_000
+    plane_head_bytes_max: Annotated[int, Row("Largest header of a request.", least=1024, most=131_072)] = 65_536
+    plane_head_fields_max: Annotated[int, Row("Most header fields of a request.", least=8, most=256)] = 128
+    plane_body_bytes_max: Annotated[
+        int, Row("Largest body of a request to a preview; 0: any. The API has limits of its own.", least=0)
+    ] = 0
+    plane_head_timeout_s: Annotated[float, Row("Time a request's header may take to arrive.", least=0.25)] = 15.0
+    plane_idle_timeout_s: Annotated[float, Row("Time between two requests on a connection.", least=0.25)] = 75.0
+    plane_body_timeout_s: Annotated[float, Row("Time without a byte of a request's body.", least=0.25)] = 60.0
+    plane_send_timeout_s: Annotated[
+        float, Row("Time a reader may take none of the bytes that wait for it; then its connection ends.", least=0.25)
+    ] = 60.0
+    plane_connect_timeout_s: Annotated[float, Row("Time for a connection to a sandbox.", least=0.25)] = 5.0
+    plane_response_timeout_s: Annotated[
+        float, Row("Time a sandbox's server may take until the header of its response.", least=0.25)
+    ] = 300.0
+    plane_stream_timeout_s: Annotated[float, Row("Time without a byte in a response or a WebSocket.", least=0.25)] = (
+        3600.0
+    )
+    plane_wake_waiting_max: Annotated[int, Row("Requests that wait for one sandbox to wake up.", least=0)] = 256
+    plane_wake_timeout_s: Annotated[float, Row("Time a request waits for its sandbox to wake up.", least=0.25)] = 30.0
+    plane_drain_timeout_s: Annotated[
+        float, Row("Time requests get to end in a plane that has been replaced.", least=0)
+    ] = 30.0
 
     driver: Annotated[
         str, Row("What runs machines; `fake` starts none and is for tests.", choices=("gvisor", "fake"))
@@ -340,6 +382,7 @@ def _check_together(settings: Settings) -> None:
         except ValueError as error:
             raise SettingsError(f"{env_name(name)}: {error}") from None
     _check_networks(settings)
+    _check_origins(settings)
     _check_tls(settings)
     if settings.listen == settings.admin_listen and settings.public_port != 0:
         raise SettingsError("SANDGATE_ADMIN_LISTEN must differ from SANDGATE_LISTEN")
@@ -352,6 +395,13 @@ def _check_together(settings: Settings) -> None:
         raise SettingsError(f"SANDGATE_PUBLIC_URL={settings.public_url}: must start with http:// or https://")
 
 
+def _check_origins(settings: Settings) -> None:
+    for origin in words(settings.api_origins):
+        parts = urlsplit(origin)
+        if origin != "*" and (parts.scheme not in {"http", "https"} or origin != f"{parts.scheme}://{parts.netloc}"):
+            raise SettingsError(f"SANDGATE_API_ORIGINS: {origin} is not an origin such as https://app.example.com")
+
+
 def _check_tls(settings: Settings) -> None:
     if bool(settings.tls_listen) != bool(settings.tls_dir):
         raise SettingsError("SANDGATE_TLS_LISTEN and SANDGATE_TLS_DIR go together")
@@ -362,7 +412,13 @@ def _check_tls(settings: Settings) -> None:
 
 
 def _check_networks(settings: Settings) -> None:
-    for name, kind in (("address_range", IPv4Network), ("egress_allow", IPv4Network), ("resolvers", IPv4Address)):
+    kinds: dict[str, Callable[[str], object]] = {
+        "address_range": IPv4Network,
+        "egress_allow": IPv4Network,
+        "resolvers": IPv4Address,
+        "trusted_proxies": functools.partial(ip_network, strict=False),
+    }
+    for name, kind in kinds.items():
         for part in words(getattr(settings, name)):
             try:
                 kind(part)

@@ -21,10 +21,11 @@ from typing import Any
 
 from gateway.children import Child, LogFile, StartError, adopt_orphans, dying_with, kill_orphans, reap_orphans
 from gateway.first_run import Credentials, missing_templates, prepare
+from gateway.plane import plane_argv
 from gateway.preflight import check_ports, instance_lock
 from gateway.probes import status_of
 from gateway.settings import Settings, make_private_dir, split_address
-from native import BinaryMissing, plane_path
+from native import BinaryMissing
 from vmm.client import HostClient
 from vmm.errors import VmmError
 
@@ -156,19 +157,10 @@ class Supervisor:
         environ = {**os.environ, **settings.environment()}
         api_environ = {**environ, "PROMETHEUS_MULTIPROC_DIR": str(metrics_dir)}
         try:
-            plane = plane_path()
+            plane = plane_argv(settings)
         except BinaryMissing as error:
             raise StartError(str(error)) from error
         sandgate: list[str | Path] = [sys.executable, "-m", "gateway"]
-        plane_argv: list[str | Path] = [
-            plane,
-            *("--listen", settings.listen),
-            *("--admin-listen", settings.admin_listen),
-            *("--api-socket", settings.api_socket),
-            *("--control-socket", settings.plane_socket),
-            *("--domain", settings.domain),
-            *_tls_flags(settings),
-        ]
         admin = split_address(settings.admin_listen)
 
         async def api_is_ready() -> bool:
@@ -183,7 +175,7 @@ class Supervisor:
         return [
             self._child("hostd", [*sandgate, "run-hostd"], environ, hostd_is_ready, lock),
             self._child("api", [*sandgate, "run-api"], api_environ, api_is_ready, lock),
-            self._child("plane", plane_argv, environ, plane_is_ready, lock),
+            self._child("plane", plane, environ, plane_is_ready, lock),
         ]
 
     def _child(
@@ -253,15 +245,6 @@ Try it:
 Ctrl-C stops everything and removes every sandbox.
 """
         )
-
-
-def _tls_flags(settings: Settings) -> list[str | Path]:
-    flags: list[str | Path] = []
-    if settings.tls_listen:
-        flags += ["--tls-listen", settings.tls_listen, "--tls-dir", settings.tls_dir]
-    if settings.https_redirect:
-        flags += ["--https-redirect", str(settings.https_port)]
-    return flags
 
 
 async def _start_child(child: Child, timeout_s: float) -> None:

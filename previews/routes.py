@@ -7,7 +7,7 @@ replaces a newer one, so pushes may arrive in any order. Times are Unix seconds,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 
@@ -32,12 +32,26 @@ class TokenRule:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyRule:
+    """What pages of other sites may do with a preview. None leaves it to the server in the sandbox.
+
+    allowed_origins: whose scripts may read it, `*` for all.  allow_credentials: also with cookies and keys.
+    frame_ancestors: who may show it in a frame, as Content-Security-Policy spells it; empty for nobody.
+    """
+
+    allowed_origins: Sequence[str] | None = None
+    allow_credentials: bool = False
+    frame_ancestors: Sequence[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PortRoute:
     """A port opened as a preview. A port without a route is private."""
 
     preview_id: str
     visibility: Literal["public", "private"]
     shares: Sequence[ShareRule] = ()
+    policy: PolicyRule | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +116,10 @@ def _port_record(route: PortRoute) -> dict[str, Any]:
         {"id": share.id, "hash": share.hash, "expires_at": share.expires_at, "path": share.path}
         for share in route.shares
     ]
-    return {"preview_id": route.preview_id, "visibility": route.visibility, "shares": shares}
+    record: dict[str, Any] = {"preview_id": route.preview_id, "visibility": route.visibility, "shares": shares}
+    if route.policy is not None:
+        record["policy"] = asdict(route.policy)
+    return record
 
 
 def _token_record(token: TokenRule) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.host import CACHE
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("gateway", "vmm", "previews", "native")
 BUILD_ONLY = (".rs", ".pyx", ".c", ".toml", ".lock", ".allow")
@@ -22,6 +24,8 @@ def build(hook: str, directory: Path) -> Path:
     code = f"import sandgate_build; print(sandgate_build.{hook}({str(directory)!r}))"
     environment = {
         **os.environ,
+        # What scripts/build has compiled is not compiled again.
+        "SANDGATE_BUILD_CACHE": str(CACHE / "build"),
         "PYTHONPATH": str(ROOT / "native" / "build_backend"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }

@@ -114,6 +114,7 @@ class Engine:
         self.create_preview = previews.create
         self.list_previews = previews.list
         self.get_preview = previews.get
+        self.update_preview = previews.update
         self.delete_preview = previews.delete
         self.create_share = previews.create_share
         self.list_shares = previews.list_shares

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Self
 
 from gateway.commands import (
@@ -24,7 +25,7 @@ from gateway.engine.context import Context
 from gateway.engine.paths import WRITE_ROOTS, readable, writable
 from gateway.engine.translate import from_vmm, vmm_errors
 from gateway.errors import GatewayError, invalid
-from gateway.resources import FileChange, FileEntry, FileTree, Principal
+from gateway.resources import DirectoryListing, FileChange, FileEntry, FileTree, Principal
 from vmm.agent import Agent
 from vmm.errors import VmmError
 from vmm.files import FileReader, FileWatch
@@ -87,25 +88,26 @@ class FileService:
         with vmm_errors():
             return file_entry(await agent.stat(readable(command.path)))
 
-    async def list_directory(self, principal: Principal, command: ListDirectory) -> tuple[FileEntry, ...]:
+    async def list_directory(self, principal: Principal, command: ListDirectory) -> DirectoryListing:
         """Entries down to `depth`, depth first and sorted by name; at most 20 000."""
-        return tuple(await self._list(principal, command.sandbox_id, readable(command.path), command.depth))
+        return await self._list(principal, command.sandbox_id, readable(command.path), command.depth)
 
     async def get_tree(self, principal: Principal, command: GetTree) -> FileTree:
         """A directory as a tree down to `depth`; at most 20 000 entries."""
         path = readable(command.path)
-        entries = await self._list(principal, command.sandbox_id, path, command.depth)
+        listing = await self._list(principal, command.sandbox_id, path, command.depth)
         agent = await self._context.agent(principal, command.sandbox_id)
         with vmm_errors():
-            return tree(file_entry(await agent.stat(path)), entries)
+            found = tree(file_entry(await agent.stat(path)), listing.entries)
+        return replace(found, is_truncated=listing.is_truncated)
 
-    async def _list(self, principal: Principal, sandbox_id: str, path: str, depth: int) -> list[FileEntry]:
+    async def _list(self, principal: Principal, sandbox_id: str, path: str, depth: int) -> DirectoryListing:
         if not 1 <= depth <= _DEPTH_MAX:
             raise invalid("depth", f"must be between 1 and {_DEPTH_MAX}")
         agent = await self._context.agent(principal, sandbox_id)
         with vmm_errors():
             listing = await agent.list(path, depth=depth)
-        return [file_entry(entry) for entry in listing.entries]
+        return DirectoryListing(tuple(file_entry(entry) for entry in listing.entries), listing.truncated)
 
     async def make_directory(self, principal: Principal, command: MakeDirectory) -> FileEntry:
         """Make a directory; with parents, an existing one is no error."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import asdict
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import sqlalchemy as sa
@@ -16,12 +17,13 @@ from gateway.commands import (
     ListPreviews,
     ListShares,
     RevokeShare,
+    UpdatePreview,
 )
 from gateway.engine.context import STARTED, Context, owned_row, require
 from gateway.engine.urls import preview_url
 from gateway.errors import GatewayError, invalid
 from gateway.events import sandbox_event
-from gateway.resources import Preview, Principal, Sandbox, Share
+from gateway.resources import Preview, PreviewPolicy, Principal, Sandbox, Share
 from gateway.settings import Settings
 from gateway.store import previews as rows
 from gateway.store import sandboxes as sandbox_rows
@@ -41,19 +43,19 @@ class PreviewService:
         self._context = context
 
     async def create(self, principal: Principal, command: CreatePreview) -> Preview:
-        """Open a port; opening it again changes its visibility, if given, and keeps its id.
+        """Open a port; opening it again changes its visibility and policy, if given, and keeps its id.
 
         Raises GatewayError: sandbox_not_found, sandbox_not_running, validation_failed.
         """
         if not 1 <= command.port <= 65_535 or command.port == AGENT_PORT:
             raise invalid("port", f"must be between 1 and 65535, and not {AGENT_PORT}")
         now = self._context.clock()
+        policy = _policy_record(command.policy)
 
         def job(connection: sa.Connection, sandbox: Sandbox) -> tuple[Sandbox, PreviewRow]:
-            wanted = PreviewRow(
-                command.effect_id, sandbox.id, command.port, command.visibility or command.visibility_if_new, now
-            )
-            row = rows.put(connection, wanted, visibility=command.visibility)
+            visibility = command.visibility or command.visibility_if_new
+            wanted = PreviewRow(command.effect_id, sandbox.id, command.port, visibility, now, policy)
+            row = rows.put(connection, wanted, visibility=command.visibility, policy=policy)
             sandbox_event(connection, "preview.ready", sandbox, at=now, port=row.port, preview_id=row.id)
             return sandbox, row
 
@@ -70,6 +72,20 @@ class PreviewService:
         """One preview. Raises sandbox_not_found, preview_not_found."""
         sandbox = await self._context.sandbox(principal, command.sandbox_id)
         row = await self._context.database.lookup(lambda connection: _existing(connection, sandbox, command.preview_id))
+        return _preview(row, sandbox, self._context.settings)
+
+    async def update(self, principal: Principal, command: UpdatePreview) -> Preview:
+        """Change visibility and policy, if given.
+
+        Raises GatewayError: sandbox_not_found, sandbox_not_running, preview_not_found, validation_failed.
+        """
+        policy = _policy_record(command.policy)
+
+        def job(connection: sa.Connection, sandbox: Sandbox) -> tuple[Sandbox, PreviewRow]:
+            row = _existing(connection, sandbox, command.preview_id)
+            return sandbox, rows.put(connection, row, visibility=command.visibility, policy=policy)
+
+        sandbox, row = await self._change(principal, command.sandbox_id, job)
         return _preview(row, sandbox, self._context.settings)
 
     async def delete(self, principal: Principal, command: DeletePreview) -> None:
@@ -162,12 +178,21 @@ def _preview_not_found() -> GatewayError:
     return GatewayError("preview_not_found", "No preview with that id.")
 
 
+def _policy_record(policy: PreviewPolicy | None) -> dict[str, Any] | None:
+    if policy is None:
+        return None
+    if policy.allow_credentials and "*" in (policy.allowed_origins or ()):
+        raise invalid("policy.allow_credentials", "cannot be given to every origin; list the allowed ones")
+    return asdict(policy)
+
+
 def _preview(row: PreviewRow, sandbox: Sandbox, settings: Settings) -> Preview:
     return Preview(
         id=row.id,
         sandbox_id=row.sandbox_id,
         port=row.port,
         visibility="public" if row.visibility == "public" else "private",
+        policy=PreviewPolicy(**(row.policy or {})),
         url=preview_url(settings, sandbox.slug, row.port),
         created_at=row.created_at,
     )

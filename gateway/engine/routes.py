@@ -20,7 +20,7 @@ from gateway.store import Database, keys, previews, sandboxes
 from gateway.store.previews import PreviewRow, ShareRow
 from previews.errors import PlaneError
 from previews.plane import PlaneClient
-from previews.routes import KeyRoute, PortRoute, SandboxRoute, ShareRule, Snapshot, TokenRule
+from previews.routes import KeyRoute, PolicyRule, PortRoute, SandboxRoute, ShareRule, Snapshot, TokenRule
 
 _log = logging.getLogger(__name__)
 
@@ -151,6 +151,7 @@ def _route(sandbox: Sandbox, version: int, opened: Sequence[PreviewRow], shares:
                     for share in shares
                     if share.preview_id == preview.id
                 ],
+                None if preview.policy is None else PolicyRule(**preview.policy),
             )
             for preview in opened
         },

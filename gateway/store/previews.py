@@ -5,7 +5,8 @@ The engine calls `sandboxes.touch` in the same transaction, so that the plane ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,13 +16,14 @@ from gateway.store.schema import previews, shares
 
 @dataclass(frozen=True, slots=True)
 class PreviewRow:
-    """An open port."""
+    """An open port. policy: the fields of `resources.PreviewPolicy`; None like one that says nothing."""
 
     id: str
     sandbox_id: str
     port: int
     visibility: str
     created_at: float
+    policy: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +42,21 @@ class ShareRow:
     expires_at: float
 
 
-def put(connection: sa.Connection, preview: PreviewRow, *, visibility: str | None) -> PreviewRow:
-    """Open a port, or change the visibility (if given) of one that is open. Returns what holds then."""
+def put(
+    connection: sa.Connection, preview: PreviewRow, *, visibility: str | None, policy: Mapping[str, Any] | None = None
+) -> PreviewRow:
+    """Open a port, or change visibility and policy, if given, of one that is open. Returns what holds then."""
     found = connection.execute(
         sa.select(previews).where(previews.c.sandbox_id == preview.sandbox_id, previews.c.port == preview.port)
     ).first()
     if found is None:
         connection.execute(sa.insert(previews), _values(preview))
         return preview
-    if visibility is not None and visibility != found.visibility:
-        connection.execute(sa.update(previews).where(previews.c.id == found.id).values(visibility=visibility))
-        return PreviewRow(found.id, found.sandbox_id, found.port, visibility, found.created_at)
-    return PreviewRow(*found)
+    given: dict[str, Any] = {"visibility": visibility, "policy": policy}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if changes:
+        connection.execute(sa.update(previews).where(previews.c.id == found.id).values(changes))
+    return replace(PreviewRow(*found), **changes)
 
 
 def get(connection: sa.Connection, sandbox_id: str, preview_id: str) -> PreviewRow | None:

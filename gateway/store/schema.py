@@ -220,6 +220,7 @@ previews = sa.Table(
     sa.Column("port", sa.Integer, nullable=False),
     sa.Column("visibility", sa.String(16), nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("policy", sa.JSON(none_as_null=True)),
     sa.UniqueConstraint("sandbox_id", "port"),
 )
 

@@ -7,11 +7,17 @@
 
 Every step is incremental: cargo and Cython rebuild only what changed. `SANDGATE_CARGO_PROFILE=dev` builds the
 programs without optimisation; anything installed should keep the default, `release`.
+
+`SANDGATE_BUILD_CACHE` names a directory that checkouts share. Compiled crates are in its `cargo`. Finished programs are
+in its `programs` by the hash of what they are made from: another checkout of the same sources takes them, instead of a
+minute of link-time optimisation, and gets the very agent that the cached templates hold.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -28,6 +34,10 @@ ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "native"
 BIN = NATIVE / "bin"
 PROGRAMS = ("sandgate-agent", "sandgate-plane")
+#: Sets of programs that a build cache keeps; the oldest go first.
+PROGRAM_SETS_MAX = 8
+#: What it keeps of compiled crates; nothing else ever removes what old checkouts and compilers left.
+CRATES_BYTES_MAX = 4 * 1024**3
 
 # What a source distribution holds, besides the Python packages.
 SDIST_FILES = ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
@@ -45,14 +55,16 @@ prepare_metadata_for_build_editable = maturin.prepare_metadata_for_build_editabl
 
 def build_wheel(directory: str, config_settings: Config = None, metadata_directory: str | None = None) -> str:
     """Build everything and return the wheel's file name."""
-    build_native()
-    return maturin.build_wheel(directory, config_settings, metadata_directory)
+    with build_cache():
+        build_native()
+        return maturin.build_wheel(directory, config_settings, metadata_directory)
 
 
 def build_editable(directory: str, config_settings: Config = None, metadata_directory: str | None = None) -> str:
     """Build everything in place and return the file name of a wheel that points here."""
-    build_native()
-    return maturin.build_editable(directory, config_settings, metadata_directory)
+    with build_cache():
+        build_native()
+        return maturin.build_editable(directory, config_settings, metadata_directory)
 
 
 def build_sdist(directory: str, config_settings: Config = None) -> str:
@@ -76,6 +88,26 @@ def sdist_paths() -> Iterator[Path]:
             left_out = SDIST_LEFT_OUT.intersection(path.relative_to(ROOT).parts)
             if path.is_file() and not left_out and path.suffix not in SDIST_SUFFIXES_LEFT_OUT:
                 yield path
+
+
+@contextlib.contextmanager
+def build_cache() -> Iterator[None]:
+    """Have cargo use the build cache, if there is one. Checkouts share file names there, so one builds at a time."""
+    cache = os.environ.get("SANDGATE_BUILD_CACHE")
+    if not cache or "CARGO_TARGET_DIR" in os.environ:
+        yield
+        return
+    crates = Path(cache, "cargo")
+    crates.mkdir(parents=True, exist_ok=True)
+    with Path(cache, "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if sum(path.lstat().st_size for path in crates.rglob("*")) > CRATES_BYTES_MAX:
+            shutil.rmtree(crates)
+        os.environ["CARGO_TARGET_DIR"] = str(crates)
+        try:
+            yield
+        finally:
+            del os.environ["CARGO_TARGET_DIR"]
 
 
 def build_native() -> None:
@@ -111,32 +143,65 @@ def build_cython() -> None:
 def build_programs() -> None:
     """Build the agent and the plane, static, and publish them in `native/bin`."""
     profile = os.environ.get("SANDGATE_CARGO_PROFILE", "release")
-    host = host_triple()
+    compiler = subprocess.run(["rustc", "-vV"], check=True, capture_output=True, text=True).stdout
+    host = host_triple(compiler)
     # The agent runs inside root file systems that we do not choose, so it brings its own C library; the plane shares
     # its build. The flag goes through an explicit target: as RUSTFLAGS it would also hit build scripts and macros.
     flags = {f"CARGO_TARGET_{host.upper().replace('-', '_')}_RUSTFLAGS": "-C target-feature=+crt-static"}
     command = ["cargo", "build", "--manifest-path", str(NATIVE / "Cargo.toml"), "--locked", "--profile", profile]
     selected = [argument for program in PROGRAMS for argument in ("--bin", program)]
-    subprocess.run([*command, "--target", host, *selected], check=True, env={**os.environ, **flags}, stdout=sys.stderr)
-    target = Path(os.environ.get("CARGO_TARGET_DIR", NATIVE / "target"))
+    command += ["--target", host, *selected]
+    cached = cached_programs(" ".join([compiler, *flags.values(), *command[4:]]))
+    if cached is None or not all((cached / program).exists() for program in PROGRAMS):
+        subprocess.run(command, check=True, env={**os.environ, **flags}, stdout=sys.stderr)
+        target = Path(os.environ.get("CARGO_TARGET_DIR", NATIVE / "target"))
+        built = target / host / ("debug" if profile == "dev" else profile)
+        if cached is None:
+            cached = built
+        else:
+            keep(built, cached)
     for program in PROGRAMS:
-        publish(target / host / ("debug" if profile == "dev" else profile) / program)
+        publish(cached / program, BIN / program)
 
 
-def publish(program: Path) -> None:
-    """Put `program` into `native/bin` in one step, so that nobody starts half a file; leave an equal one alone."""
-    BIN.mkdir(exist_ok=True)
-    destination = BIN / program.name
+def cached_programs(how: str) -> Path | None:
+    """Where the build cache keeps the programs made from today's sources; None without one.
+
+    how: whatever else decides what is built, such as the compiler's version.
+    """
+    cache = os.environ.get("SANDGATE_BUILD_CACHE")
+    if not cache:
+        return None
+    key = hashlib.sha256(how.encode())
+    sources = [*NATIVE.glob("Cargo.*"), *NATIVE.glob("crates/**/*.rs"), *NATIVE.glob("crates/*/Cargo.toml")]
+    for source in sorted(sources):
+        key.update(f"{source.relative_to(NATIVE)}\0".encode() + hashlib.sha256(source.read_bytes()).digest())
+    return Path(cache, "programs", key.hexdigest())
+
+
+def keep(built: Path, cached: Path) -> None:
+    """Put the programs into the build cache, and make room for them."""
+    cached.mkdir(parents=True, exist_ok=True)
+    for program in PROGRAMS:
+        publish(built / program, cached / program)
+    by_age = sorted(cached.parent.iterdir(), key=lambda entry: entry.stat().st_mtime, reverse=True)
+    for entry in by_age[PROGRAM_SETS_MAX:]:
+        shutil.rmtree(entry, ignore_errors=True)
+
+
+def publish(program: Path, destination: Path) -> None:
+    """Copy a program in one step, so that nobody starts half a file; leave an equal one alone."""
+    destination.parent.mkdir(exist_ok=True)
     if destination.exists() and destination.read_bytes() == program.read_bytes():
         return
-    scratch = destination.with_suffix(".new")
+    scratch = destination.with_suffix(f".{os.getpid()}")
     shutil.copy2(program, scratch)
     scratch.replace(destination)
 
 
-def host_triple() -> str:
-    """The target that the installed rustc builds for by default, such as x86_64-unknown-linux-gnu."""
-    lines = subprocess.run(["rustc", "-vV"], check=True, capture_output=True, text=True).stdout.splitlines()
+def host_triple(compiler: str) -> str:
+    """The target that rustc builds for, such as x86_64-unknown-linux-gnu. compiler: what `rustc -vV` says."""
+    lines = compiler.splitlines()
     return next(line.removeprefix("host: ") for line in lines if line.startswith("host: "))
 
 

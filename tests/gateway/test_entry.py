@@ -105,6 +105,7 @@ async def test_wrong_method_is_a_405_of_the_api(client):
     answer = await client.delete("/api/v1/echo/x")
     assert answer.status_code == 405
     assert answer.json()["code"] == "method_not_allowed"
+    assert answer.headers["allow"] == "POST"
 
 
 async def test_every_answer_has_an_id_and_is_not_cached_or_framed(client):

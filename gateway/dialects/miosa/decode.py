@@ -34,6 +34,10 @@ _OCTAL = r"^(0o)?[0-7]{1,4}$"
 #: What the plane would take for ambiguous is outside of every share, so a share of it would open nothing.
 _URL_PATH = r"^(?!.*(//|\\|%2[eEfF]|%5[cC]|%00|/\.\.?(/|$)))/[^\x00-\x20\x7f?#]*$"
 
+_HOST = r"[A-Za-z0-9.-]+(:[0-9]{1,5})?"
+_ORIGIN = rf"^(\*|https?://({_HOST}|\[[0-9a-f:.]+\](:[0-9]{{1,5}})?))$"
+_FRAME_SOURCE = rf"^(\*|'self'|(https?://)?(\*\.)?{_HOST})$"
+
 #: What msgspec says about a pattern, in words.
 _PATTERN_WORDS = {
     _NO_NUL: "must not contain NUL",
@@ -41,6 +45,8 @@ _PATTERN_WORDS = {
     _SLUG: "must be lower-case letters, digits and inner hyphens",
     _PRINTABLE: "must not contain control characters",
     _OCTAL: "must be octal permission bits such as 644",
+    _ORIGIN: "must be an origin such as https://app.example.com, or *",
+    _FRAME_SOURCE: "must be an origin such as https://*.example.com, 'self' or *",
     _URL_PATH: "must be a URL's path: from / on, without //, dot segments, encoded slashes, backslashes or spaces",
 }
 
@@ -58,6 +64,8 @@ EnvValue = Annotated[str, Meta(max_length=32 * 1024, pattern=_NO_NUL)]
 Env = Annotated[dict[EnvName, EnvValue], Meta(max_length=256)]
 Tags = Annotated[list[Annotated[str, Meta(min_length=1, max_length=64, pattern=_PRINTABLE)]], Meta(max_length=50)]
 Metadata = Annotated[dict[str, Any], Meta(max_length=64)]
+Origin = Annotated[str, Meta(max_length=256, pattern=_ORIGIN)]
+FrameSource = Annotated[str, Meta(max_length=256, pattern=_FRAME_SOURCE)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 
 _METADATA_BYTES_MAX = 16 * 1024

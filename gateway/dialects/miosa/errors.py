@@ -115,6 +115,8 @@ def error_response(error: GatewayError, request_id: str, *, status_sent: bool = 
     headers = {}
     if "retry_after" in inner:
         headers["retry-after"] = str(inner["retry_after"])
+    if error.allowed_methods:
+        headers["allow"] = ", ".join(error.allowed_methods)
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     return Response(orjson.dumps(answer), status, headers, media_type="application/json")

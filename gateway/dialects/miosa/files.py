@@ -158,11 +158,12 @@ class FileInfo(TypedDict):
 
 
 class Directory(TypedDict):
-    """Entries of a directory, depth first."""
+    """Entries of a directory, depth first; `truncated` when it has more than the 20,000 that one answer holds."""
 
     path: str
     entries: list[FileInfo]
     files: list[FileInfo]
+    truncated: bool
 
 
 class FileContent(TypedDict):
@@ -175,7 +176,7 @@ class FileContent(TypedDict):
 
 
 class Tree(TypedDict):
-    """A directory with everything below it."""
+    """A directory with everything below it; the root says in `truncated` whether 20,000 entries were not all."""
 
     name: str
     path: str
@@ -183,6 +184,7 @@ class Tree(TypedDict):
     size: int
     modified_at: str
     children: list[dict[str, Any]]
+    truncated: NotRequired[bool]
 
 
 class Done(TypedDict):
@@ -351,14 +353,18 @@ async def list_directory(call: Call, query: DirectoryQuery) -> Directory:
 
 async def _list(call: Call, query: DirectoryQuery) -> Directory:
     command = commands.ListDirectory(decode.sandbox_id(call), query.path, first(query.depth, 1))
-    entries = [file_info(item) for item in await call.engine.list_directory(call.principal, command)]
-    return Directory(path=query.path, entries=entries, files=entries)
+    listing = await call.engine.list_directory(call.principal, command)
+    entries = [file_info(item) for item in listing.entries]
+    return Directory(path=query.path, entries=entries, files=entries, truncated=listing.is_truncated)
 
 
 async def get_tree(call: Call, query: DirectoryQuery) -> Tree:
     """A directory as a tree, three levels deep unless `depth` says otherwise."""
     command = commands.GetTree(decode.sandbox_id(call), query.path, first(query.depth, 3))
-    return tree(await call.engine.get_tree(call.principal, command))
+    found = await call.engine.get_tree(call.principal, command)
+    answer = tree(found)
+    answer["truncated"] = found.is_truncated
+    return answer
 
 
 async def stat(call: Call, body: PathRequest) -> FileInfo:

@@ -25,11 +25,34 @@ Ttl = Annotated[float, Meta(ge=1, le=30 * 24 * 3600)]
 Visibility = Literal["public", "private"]
 
 
+class PolicyRequest(msgspec.Struct, kw_only=True):
+    """What pages of other sites may do; what is null is left to the server in the sandbox.
+
+    allowed_origins: whose scripts may read it.  frame_ancestors: who may show it in a frame; empty for nobody.
+    """
+
+    allowed_origins: Annotated[list[decode.Origin], Meta(max_length=50)] | None = None
+    allow_credentials: bool = False
+    frame_ancestors: Annotated[list[decode.FrameSource], Meta(max_length=50)] | None = None
+
+    def policy(self) -> resources.PreviewPolicy:
+        """The same for the engine."""
+        return resources.PreviewPolicy(self.allowed_origins, self.allow_credentials, self.frame_ancestors)
+
+
 class CreatePreviewRequest(msgspec.Struct):
     """Which port, and for whom; private when nothing is said."""
 
     port: decode.Port
     visibility: Visibility | None = None
+    policy: PolicyRequest | None = None
+
+
+class UpdatePreviewRequest(msgspec.Struct):
+    """What to change; what is absent stays."""
+
+    visibility: Visibility | None = None
+    policy: PolicyRequest | None = None
 
 
 class ExposeRequest(msgspec.Struct):
@@ -56,6 +79,14 @@ class ShareRequest(msgspec.Struct, kw_only=True):
         return seconds
 
 
+class Policy(TypedDict):
+    """What pages of other sites may do."""
+
+    allowed_origins: list[str] | None
+    allow_credentials: bool
+    frame_ancestors: list[str] | None
+
+
 class Preview(TypedDict):
     """A port opened on a host of its own."""
 
@@ -65,6 +96,7 @@ class Preview(TypedDict):
     url: str
     preview_url: str
     visibility: Visibility
+    policy: Policy
     state: Literal["ready"]
     status: Literal["ready"]
     created_at: str
@@ -96,6 +128,15 @@ class ShareCreated(Share):
     preview: Any
 
 
+def policy(item: resources.PreviewPolicy) -> Policy:
+    """A policy in MIOSA's words."""
+    return Policy(
+        allowed_origins=None if item.allowed_origins is None else list(item.allowed_origins),
+        allow_credentials=item.allow_credentials,
+        frame_ancestors=None if item.frame_ancestors is None else list(item.frame_ancestors),
+    )
+
+
 def preview(item: resources.Preview) -> Preview:
     """A preview in MIOSA's words."""
     return Preview(
@@ -105,6 +146,7 @@ def preview(item: resources.Preview) -> Preview:
         url=item.url,
         preview_url=item.url,
         visibility=item.visibility,
+        policy=policy(item.policy),
         state="ready",
         status="ready",
         created_at=iso_time(item.created_at),
@@ -136,15 +178,22 @@ def share_created(item: resources.Share, of: Preview | None) -> ShareCreated:
 
 
 async def _open_port(
-    call: Call, port: int, visibility: Visibility | None, *, if_new: Visibility = "private"
+    call: Call,
+    port: int,
+    visibility: Visibility | None,
+    *,
+    if_new: Visibility = "private",
+    policy: PolicyRequest | None = None,
 ) -> Preview:
-    command = commands.CreatePreview(decode.sandbox_id(call), call.effect_id, port, visibility, if_new)
+    command = commands.CreatePreview(
+        decode.sandbox_id(call), call.effect_id, port, visibility, if_new, _given_policy(policy)
+    )
     return preview(await call.engine.create_preview(call.principal, command))
 
 
 async def create(call: Call, body: CreatePreviewRequest) -> Preview:
     """Open a port; opening it again keeps its id."""
-    return await _open_port(call, body.port, body.visibility)
+    return await _open_port(call, body.port, body.visibility, policy=body.policy)
 
 
 async def expose(call: Call, body: ExposeRequest) -> Preview:
@@ -170,6 +219,17 @@ async def _preview(call: Call) -> Preview:
 async def get(call: Call) -> Preview:
     """Get a preview."""
     return await _preview(call)
+
+
+async def update(call: Call, body: UpdatePreviewRequest) -> Preview:
+    """Change who may open a port, and what pages of other sites may do with it."""
+    preview_id = decode.resource_id(call.request, "preview_id", missing="preview_not_found")
+    command = commands.UpdatePreview(decode.sandbox_id(call), preview_id, body.visibility, _given_policy(body.policy))
+    return preview(await call.engine.update_preview(call.principal, command))
+
+
+def _given_policy(body: PolicyRequest | None) -> resources.PreviewPolicy | None:
+    return None if body is None else body.policy()
 
 
 async def delete(call: Call) -> None:
@@ -228,6 +288,7 @@ ROUTES = (
     Route("POST", _ONE + "/previews", create, one(Preview, status=201), WRITE, CreatePreviewRequest),
     Route("GET", _ONE + "/previews", list_all, many(Preview), READ),
     Route("GET", _PREVIEW, get, one(Preview), READ),
+    Route("PATCH", _PREVIEW, update, one(Preview), WRITE, UpdatePreviewRequest),
     Route("DELETE", _PREVIEW, delete, NOTHING, WRITE),
     Route("POST", _PREVIEW + "/share", share_preview, one(ShareCreated, status=201), WRITE, ShareRequest),
     Route("DELETE", _PREVIEW + "/share", revoke_preview_shares, NOTHING, WRITE),

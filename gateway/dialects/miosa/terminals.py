@@ -72,6 +72,12 @@ class Control(msgspec.Struct, kw_only=True):
     signal: str = ""
 
 
+class _Typed(msgspec.Struct):
+    """What tells a control from input."""
+
+    type: str
+
+
 class TerminalSession(TypedDict):
     """A terminal. `ws_url` opens it once without the key, until `expires_at`; with the key it opens any time."""
 
@@ -197,10 +203,16 @@ def parse_control(text: str) -> Control | None:
     if not text.startswith("{"):
         return None
     try:
-        control = msgspec.json.decode(text, type=Control)
+        kind = msgspec.json.decode(text, type=_Typed).type
     except msgspec.DecodeError:
         return None
-    return control if control.type in _CONTROLS else None
+    if kind not in _CONTROLS:
+        return None
+    try:
+        return msgspec.json.decode(text, type=Control)
+    except msgspec.ValidationError:
+        # A control with bad fields is none to obey, and nothing that anybody typed.
+        return Control(type="ignored")
 
 
 async def _terminal_to_client(socket: WebSocket, terminal: Terminal, query: AttachQuery) -> None:

@@ -269,7 +269,7 @@ async def test_directories_are_made_listed_moved_copied_and_removed(
     assert (await real.make_directory(principal, MakeDirectory(box.id, f"{root}/a/b"))).kind == "dir"
     await real.write_file(principal, WriteFile(box.id, f"{root}/a/f", b"1"))
     await shell(real, principal, box, f"ln -s f {root}/a/link", user="root")
-    listed = await real.list_directory(principal, ListDirectory(box.id, root, depth=2))
+    listed = (await real.list_directory(principal, ListDirectory(box.id, root, depth=2))).entries
     assert [(entry.path.removeprefix(root), entry.kind) for entry in listed] == [
         ("/a", "dir"),
         ("/a/b", "dir"),
@@ -283,7 +283,7 @@ async def test_directories_are_made_listed_moved_copied_and_removed(
     assert await code_of(real.copy_path(principal, CopyPath(box.id, f"{root}/a", f"{root}/z"))) == "path_conflict"
     await real.copy_path(principal, CopyPath(box.id, f"{root}/a", f"{root}/z", recursive=True))
     assert (await real.change_mode(principal, ChangeMode(box.id, f"{root}/h", 0o751))).mode & 0o777 == 0o751
-    names = [entry.name for entry in await real.list_directory(principal, ListDirectory(box.id, root))]
+    names = [entry.name for entry in (await real.list_directory(principal, ListDirectory(box.id, root))).entries]
     assert names == ["a", "g", "h", "z"]
     assert await code_of(real.remove_path(principal, RemovePath(box.id, root))) == "path_conflict"
     assert await real.remove_path(principal, RemovePath(box.id, root, recursive=True)) >= 6

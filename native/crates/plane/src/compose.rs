@@ -7,6 +7,7 @@ use crate::http::Framing;
 use crate::http::fields::{Field, Name, is_named_by_connection};
 use crate::http::request::Request;
 use crate::http::response::Response;
+use crate::policy::Terms;
 
 /// Protocol of a plain listener, as `X-Forwarded-Proto` says it.
 pub const HTTP: &str = "http";
@@ -14,6 +15,7 @@ pub const HTTP: &str = "http";
 pub const HTTPS: &str = "https";
 
 /// The connection as an upstream is told of it.
+#[derive(Clone)]
 pub struct Peer {
     /// The client's address, for `X-Forwarded-For`.
     pub address: Box<str>,
@@ -21,6 +23,8 @@ pub struct Peer {
     pub forwarded_for: Box<str>,
     /// `http` or `https`.
     pub proto: &'static str,
+    /// A proxy whose word about the client counts.
+    pub is_trusted: bool,
 }
 
 impl Peer {
@@ -29,7 +33,7 @@ impl Peer {
         let is_v6 = address.is_ipv6();
         let address = address.to_string().into_boxed_str();
         let forwarded_for = if is_v6 { format!("\"[{address}]\"").into() } else { address.clone() };
-        Self { address, forwarded_for, proto }
+        Self { address, forwarded_for, proto, is_trusted: false }
     }
 
     /// Whether nobody on the way to us can listen.
@@ -188,7 +192,7 @@ fn push_length(out: &mut Vec<u8>, length: u64) {
 /// How the client is to be answered.
 #[allow(clippy::struct_excessive_bools)] // Independent properties of one response.
 #[derive(Clone, Copy, Debug)]
-pub struct Reply {
+pub struct Reply<'a> {
     /// 1 for a client of HTTP/1.1, 0 for one of HTTP/1.0.
     pub minor: u8,
     /// Whether the connection stays open afterwards.
@@ -199,6 +203,8 @@ pub struct Reply {
     pub is_unchunked: bool,
     /// Whether a sandbox speaks, whose cookies stay on its own host.
     pub is_preview: bool,
+    /// Fields to be replaced.
+    pub terms: Option<&'a Terms>,
 }
 
 /// Appends a `Set-Cookie` field without `Domain`: a sandbox must not plant cookies on other sandboxes' hosts.
@@ -218,7 +224,7 @@ fn push_set_cookie(out: &mut Vec<u8>, value: &[u8]) {
 }
 
 /// Appends the head for the client.
-pub fn response(out: &mut Vec<u8>, head: &[u8], fields: &[Field], response: &Response, reply: Reply) {
+pub fn response(out: &mut Vec<u8>, head: &[u8], fields: &[Field], response: &Response, reply: Reply<'_>) {
     out.extend_from_slice(b"HTTP/1.1 ");
     out.extend_from_slice(&head[9..response.line_len]);
     // 1xx and 204 have no body by definition; a length there confuses some clients (RFC 9110, 8.6).
@@ -235,9 +241,16 @@ pub fn response(out: &mut Vec<u8>, head: &[u8], fields: &[Field], response: &Res
             Name::TransferEncoding => !is_bodiless && reply.minor == 1 && !reply.is_unchunked,
             _ => true,
         };
+        if let Some(line) = reply.terms.and_then(|terms| terms.replaced(field.name(head), field.value(head))) {
+            out.extend_from_slice(&line);
+            continue;
+        }
         if is_passed && !(response.names_fields && is_named_by_connection(head, fields, field)) {
             out.extend_from_slice(field.line(head));
         }
+    }
+    if let Some(terms) = reply.terms.filter(|_| response.status >= 200) {
+        out.extend_from_slice(terms.lines());
     }
     if reply.is_switch {
         out.extend_from_slice(b"Connection: Upgrade\r\n");

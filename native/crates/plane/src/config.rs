@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use clap::Parser;
 
+use crate::trust::Network;
+
 /// Sandgate's public listener: previews go to sandboxes, everything else to the API.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "sandgate-plane", version)]
@@ -31,6 +33,13 @@ pub struct Config {
     /// Unix socket on which the API controls this process; made with mode 0600.
     #[arg(long)]
     pub control_socket: PathBuf,
+    /// Origin whose pages may call the API, or "*"; may be given several times.
+    #[arg(long)]
+    pub api_origin: Vec<String>,
+    /// Address or network of a proxy whose X-Forwarded-For and X-Forwarded-Proto are believed; may be given several
+    /// times.
+    #[arg(long)]
+    pub trusted_proxy: Vec<Network>,
     /// Domain below which previews live; may be given several times.
     #[arg(long, default_value = "localhost")]
     pub domain: Vec<String>,
@@ -60,6 +69,12 @@ pub struct Limits {
     /// Largest request or response head, in bytes (at most 131072).
     #[arg(long, default_value_t = 65536, value_parser = clap::value_parser!(u32).range(1024..=131_072))]
     pub head_bytes_max: u32,
+    /// Most fields of a request's head (at most 256).
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(8..=256))]
+    pub head_fields_max: u32,
+    /// Largest body of a request to a preview, in bytes; 0: any.
+    #[arg(long, default_value_t = 0)]
+    pub body_bytes_max: u64,
     /// Client connections in all.
     #[arg(long, default_value_t = 20_000)]
     pub connections_max: usize,

@@ -25,6 +25,7 @@ use crate::metrics::Class;
 use crate::net::{Shared, write_both};
 use crate::prepare::{Answer, AnswerKind, Decision, Forward, Hold, Plan, prepare};
 use crate::table::Sandbox;
+use crate::trust::client_of;
 use crate::tunnel::tunnel;
 use crate::watch::{End, Phase, Watch};
 use crate::worker::Worker;
@@ -224,9 +225,16 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
             method: text(method),
             host: text(host.unwrap_or_default()),
             path: text(path),
-            client: self.peer.address.clone().into(),
+            client: self.client_address(head, fields),
             ..Record::default()
         }
+    }
+
+    fn client_address(&self, head: &[u8], fields: &[Field]) -> String {
+        if self.peer.is_trusted {
+            return client_of(&self.worker.config.trusted_proxy, &self.peer, head, fields).address.into();
+        }
+        self.peer.address.clone().into()
     }
 
     fn finished(&self, status: u16, code: Option<Code>, request_id: Option<String>) {
@@ -277,7 +285,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
                 self.finished(failure.code.status(), Some(failure.code), Some(request_id));
                 self.write(&bytes).await.is_err().then_some(Exit::Closed)
             }
-            AnswerKind::Redirect { status, head } => {
+            AnswerKind::Whole { status, head } => {
                 self.finished(status, None, None);
                 let outcome = self.write(&head).await;
                 if outcome.is_err() {
@@ -331,6 +339,9 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
     /// Ends the connection for a reason from outside.
     async fn cut(&self, end: End) -> Exit {
         self.watch.admission.replace(None);
+        if let End::Timeout(phase) = end {
+            self.worker.counters.timeout(phase);
+        }
         let code = match end {
             End::Timeout(Phase::Head | Phase::Body) => Code::RequestTimeout,
             End::Timeout(Phase::Wake) => Code::WakeTimeout,

@@ -150,8 +150,8 @@ enum UploadEnd {
     HalfClosed,
     /// The client left, or sent less than it had promised.
     Gone,
-    /// The client's body is malformed.
-    Malformed(Failure),
+    /// The client's body is malformed or too large.
+    Unfit(Failure),
 }
 
 /// What the download ended with.
@@ -175,7 +175,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
                         UploadEnd::Refused => {}
                         UploadEnd::HalfClosed => self.half_closed(),
                         UploadEnd::Gone => return Poll::Ready(Err(Broken::Aborted)),
-                        UploadEnd::Malformed(failure) => return Poll::Ready(Err(self.broken(failure))),
+                        UploadEnd::Unfit(failure) => return Poll::Ready(Err(self.broken(failure))),
                     }
                 }
                 download.as_mut().poll(cx)
@@ -219,6 +219,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
             count: &self.worker.counters.bytes_up,
             sandbox: self.forward.sandbox.as_deref(),
             is_up: true,
+            bytes_max: self.body_bytes_max(),
             is_unchunked: false,
             has_sent: &self.has_sent,
         };
@@ -229,7 +230,8 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
             Ok(()) => {}
             Err(PumpError::Write) => return UploadEnd::Refused,
             Err(PumpError::Read) => return UploadEnd::Gone,
-            Err(PumpError::Malformed(error)) => return UploadEnd::Malformed(error.into()),
+            Err(PumpError::Malformed(error)) => return UploadEnd::Unfit(error.into()),
+            Err(PumpError::TooLarge) => return UploadEnd::Unfit(Code::BodyTooLarge.into()),
         }
         self.is_uploaded.set(true);
         self.watch.up.clear();
@@ -237,6 +239,15 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
             self.await_response();
         }
         self.watch_client(inbox).await
+    }
+
+    /// The API has limits of its own.
+    fn body_bytes_max(&self) -> u64 {
+        match self.worker.config.limits.body_bytes_max {
+            0 => u64::MAX,
+            _ if self.forward.sandbox.is_none() => u64::MAX,
+            bytes_max => bytes_max,
+        }
     }
 
     fn await_response(&self) {
@@ -317,7 +328,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
         if self.watch.is_answering.get() { Broken::Aborted } else { Broken::Failed(failure) }
     }
 
-    fn compose(&self, head: &[u8], out: &mut HeadBuf) -> Result<(Response, Reply), Broken> {
+    fn compose(&self, head: &[u8], out: &mut HeadBuf) -> Result<(Response, Reply<'_>), Broken> {
         let mut fields = self.worker.fields.take();
         let composed = response::parse(head, self.forward.audience.is_head, &mut fields).map(|response| {
             let is_switch = response.status == 101 && self.forward.is_upgrade;
@@ -329,7 +340,8 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
                 && !is_unchunked
                 && !self.worker.is_draining.get();
             let is_preview = self.forward.sandbox.is_some();
-            let reply = Reply { minor: self.forward.minor, is_keep_alive, is_switch, is_unchunked, is_preview };
+            let terms = self.forward.terms.as_ref();
+            let reply = Reply { minor: self.forward.minor, is_keep_alive, is_switch, is_unchunked, is_preview, terms };
             compose::response(&mut out.0, head, &fields, &response, reply);
             (response, reply)
         });
@@ -351,7 +363,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
     async fn pass_body(
         &self,
         response: &Response,
-        answer: Reply,
+        answer: Reply<'_>,
         head: &[u8],
         reply: &mut Inbox,
     ) -> Result<(), Broken> {
@@ -364,6 +376,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
             count: &self.worker.counters.bytes_down,
             sandbox: self.forward.sandbox.as_deref(),
             is_up: false,
+            bytes_max: u64::MAX,
             is_unchunked: answer.is_unchunked,
             has_sent: &self.watch.is_answering,
         };

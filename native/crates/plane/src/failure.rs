@@ -27,6 +27,8 @@ pub enum Code {
     TokenInvalid,
     /// What was presented has expired.
     TokenExpired,
+    /// A page of this origin may not read the preview, or the API.
+    OriginDenied,
     /// A limit on connections.
     TooManyConnections,
     /// The sandbox's server broke off, or spoke no HTTP.
@@ -39,6 +41,8 @@ pub enum Code {
     RequestTimeout,
     /// The request's head is too large.
     HeadTooLarge,
+    /// The request's body is too large.
+    BodyTooLarge,
     /// Not a method for a gateway.
     MethodUnsupported,
     /// Not HTTP/1.0 or 1.1.
@@ -56,7 +60,7 @@ struct Row {
 }
 
 /// Number of codes; indexes counters.
-pub const CODES: usize = 19;
+pub const CODES: usize = 21;
 
 impl Code {
     /// Every code.
@@ -71,12 +75,14 @@ impl Code {
         Self::TokenMissing,
         Self::TokenInvalid,
         Self::TokenExpired,
+        Self::OriginDenied,
         Self::TooManyConnections,
         Self::UpstreamBroke,
         Self::UpstreamTimeout,
         Self::BadRequest,
         Self::RequestTimeout,
         Self::HeadTooLarge,
+        Self::BodyTooLarge,
         Self::MethodUnsupported,
         Self::VersionUnsupported,
         Self::ApiUnavailable,
@@ -129,6 +135,9 @@ impl Code {
                 None,
                 "This token or key has expired. Ask for a new link.",
             ),
+            Self::OriginDenied => {
+                row("origin_denied", 403, "Forbidden", None, "Pages of this origin may not read this address.")
+            }
             Self::TooManyConnections => row(
                 "too_many_connections",
                 503,
@@ -157,6 +166,9 @@ impl Code {
                 None,
                 "The request's header is too large.",
             ),
+            Self::BodyTooLarge => {
+                row("body_too_large", 413, "Content Too Large", None, "The request's body is too large for a preview.")
+            }
             Self::MethodUnsupported => {
                 row("method_unsupported", 501, "Not Implemented", None, "This method is not supported.")
             }

@@ -8,6 +8,7 @@ use sandgate_hosts::access::{AGENT_PORT, Digest, Grant, Key};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::policy::Policy;
 use crate::table::{Entry, PortRule, Sandbox, Seen, State, Table};
 
 /// A message from the API.
@@ -117,6 +118,21 @@ struct PortRecord {
     visibility: Visibility,
     #[serde(default)]
     shares: Vec<GrantRecord>,
+    policy: Option<PolicyRecord>,
+}
+
+#[derive(Deserialize)]
+struct PolicyRecord {
+    allowed_origins: Option<Vec<String>>,
+    #[serde(default)]
+    allow_credentials: bool,
+    frame_ancestors: Option<Vec<String>>,
+}
+
+impl PolicyRecord {
+    fn policy(self) -> Result<Policy, Refusal> {
+        Ok(Policy::new(self.allowed_origins, self.allow_credentials, self.frame_ancestors.as_deref())?)
+    }
 }
 
 #[derive(Deserialize, PartialEq)]
@@ -174,7 +190,8 @@ impl SandboxRecord {
             let port = port.parse().ok().filter(|&port| port != 0 && port != AGENT_PORT);
             let port: u16 = port.ok_or("a port is not a number from 1 to 65535, or is the agent's")?;
             let shares = record.shares.into_iter().map(|share| share.grant(Some(port))).collect::<Result<_, _>>()?;
-            Ok(PortRule { port, is_public: record.visibility == Visibility::Public, shares })
+            let policy = record.policy.map(PolicyRecord::policy).transpose()?;
+            Ok(PortRule { port, is_public: record.visibility == Visibility::Public, shares, policy })
         };
         ports.into_iter().map(rule).collect()
     }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::failure::{CODES, Code};
 use crate::table::Table;
+use crate::watch::{Phase, TIMEOUTS};
 
 /// A number that one thread writes and others read.
 #[derive(Debug, Default)]
@@ -48,6 +49,7 @@ const STATUS_CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
 pub struct Counters {
     requests: [[Count; 6]; 3],
     failures: [Count; CODES],
+    timeouts: [Count; TIMEOUTS.len() + 1],
     /// Connections accepted.
     pub accepted: Count,
     /// Connections open.
@@ -85,6 +87,11 @@ impl Counters {
     /// Whether any connection is open.
     pub fn has_connections(&self) -> bool {
         self.connections.get() != 0
+    }
+
+    /// Counts a time-out.
+    pub fn timeout(&self, phase: Phase) {
+        self.timeouts[phase as usize].add(1);
     }
 
     /// Counts an answer of our own.
@@ -143,6 +150,14 @@ impl Metrics {
         for code in Code::ALL {
             let count = self.sum(|worker| &worker.failures[code as usize]);
             let _ = writeln!(out, "sandgate_plane_failures_total{{code=\"{}\"}} {count}", code.name());
+        }
+        let _ = writeln!(
+            out,
+            "# HELP sandgate_plane_timeouts_total Waits that took too long, by what was waited for.\n# TYPE sandgate_plane_timeouts_total counter"
+        );
+        for (phase, name) in TIMEOUTS {
+            let count = self.sum(|worker| &worker.timeouts[phase as usize]);
+            let _ = writeln!(out, "sandgate_plane_timeouts_total{{wait=\"{name}\"}} {count}");
         }
         let mut one = |name: &str, kind: &str, help: &str, value: u64| {
             let _ = writeln!(

@@ -15,8 +15,10 @@ use crate::http::fields::{Field, Name, members};
 use crate::http::request::{self, Request};
 use crate::http::{Framing, HeadError};
 use crate::metrics::Class;
+use crate::policy::{Policy, Terms, Visit};
 use crate::pool::Target;
 use crate::table::{Found, Live, Sandbox, State};
+use crate::trust;
 use crate::worker::Worker;
 
 /// The port that an `https` address need not name.
@@ -72,8 +74,8 @@ pub struct Answer {
 pub enum AnswerKind {
     /// That the request failed.
     Failure(Failure),
-    /// A redirect: the whole response.
-    Redirect {
+    /// Something else, such as a redirect: the whole response.
+    Whole {
         /// Its status.
         status: u16,
         /// All of its bytes; it has no body.
@@ -107,6 +109,8 @@ pub struct Forward {
     pub admission: Option<Admission>,
     /// Its place among the sandbox's requests.
     pub slot: Option<Slot>,
+    /// What other sites may do with the response.
+    pub terms: Option<Terms>,
 }
 
 /// A place among the requests in flight to a sandbox; free again when dropped.
@@ -140,15 +144,20 @@ impl From<HeadError> for Failure {
 /// its connection.
 pub fn prepare(worker: &Worker, peer: &Peer, head: &[u8], fields: &mut Vec<Field>) -> Result<Decision, Failure> {
     let request = request::parse(head, fields)?;
+    if fields.len() > worker.config.limits.head_fields_max as usize {
+        return Err(Code::HeadTooLarge.into());
+    }
+    let told = peer.is_trusted.then(|| trust::client_of(&worker.config.trusted_proxy, peer, head, fields));
+    let peer = told.as_ref().unwrap_or(peer);
     let name = HostName::parse(&head[request.host.clone()])
         .map_err(|_| Failure { code: Code::BadRequest, detail: Some("The Host header does not hold a host name.") })?;
     let draft = Draft { worker, peer, head, fields, request: &request };
     if let Some(port) = worker.config.https_redirect.filter(|_| !peer.is_secure()) {
-        let kind = AnswerKind::Redirect { status: 308, head: draft.to_https(name.as_str(), port) };
+        let kind = AnswerKind::Whole { status: 308, head: draft.to_https(name.as_str(), port) };
         return Ok(draft.answer(Class::None, kind));
     }
     let (class, outcome) = match host::classify(name.as_str(), &worker.config.domain) {
-        host::Target::Api => (Class::Api, Ok(draft.to_api())),
+        host::Target::Api => (Class::Api, draft.to_api()),
         host::Target::Reserved => (Class::Preview, Err(AnswerKind::Failure(Code::PreviewUnknown.into()))),
         host::Target::Preview { port, sandbox } => (Class::Preview, draft.to_preview(port, sandbox)),
     };
@@ -193,8 +202,37 @@ impl Draft<'_> {
         Decision::Now(Plan::Answer(answer))
     }
 
-    fn to_api(&self) -> Decision {
-        Decision::Now(Plan::Forward(Box::new(self.forward(Target::Api, None))))
+    fn to_api(&self) -> Result<Decision, AnswerKind> {
+        let terms = self.terms(self.worker.api_policy.as_deref())?;
+        let mut forward = self.forward(Target::Api, None);
+        forward.terms = terms;
+        Ok(Decision::Now(Plan::Forward(Box::new(forward))))
+    }
+
+    /// What a policy says about this request; an answer if it is a question about the policy.
+    fn terms(&self, policy: Option<&Policy>) -> Result<Option<Terms>, AnswerKind> {
+        let Some(policy) = policy else { return Ok(None) };
+        let value_of = |name: &str| {
+            let mut fields = self.fields.iter();
+            fields.find(|field| field.name(self.head).eq_ignore_ascii_case(name.as_bytes()))
+        };
+        let value_of = |name: &str| value_of(name).map(|field| field.value(self.head));
+        let visit = Visit {
+            origin: value_of("origin"),
+            wanted_method: value_of("access-control-request-method").filter(|_| self.method() == b"OPTIONS"),
+            wanted_fields: value_of("access-control-request-headers"),
+        };
+        match policy.preflight(&visit) {
+            None => Ok(Some(policy.terms(&visit))),
+            Some(Err(())) => Err(AnswerKind::Failure(Code::OriginDenied.into())),
+            Some(Ok(mut head)) => {
+                if !self.request.is_keep_alive {
+                    head.extend_from_slice(b"Connection: close\r\n");
+                }
+                head.extend_from_slice(b"\r\n");
+                Err(AnswerKind::Whole { status: 204, head })
+            }
+        }
     }
 
     fn to_preview(&self, port: u16, name: SandboxName<'_>) -> Result<Decision, AnswerKind> {
@@ -207,6 +245,8 @@ impl Draft<'_> {
             Found::Gone => return Err(failure(Code::SandboxGone)),
             Found::Unknown => return Err(failure(Code::PreviewUnknown)),
         };
+        // A preflight request shows no credentials.
+        let terms = self.terms(sandbox.port(port).and_then(|rule| rule.policy.as_ref()))?;
         let (path, query) = compose::split_query(self.target());
         let credentials = Credentials::gather(self.head, self.fields, query, &self.worker.table);
         // A path that is no UTF-8 is below no path but the root.
@@ -218,7 +258,7 @@ impl Draft<'_> {
             return Err(failure(Code::SandboxStarting));
         }
         if let Some(redirect) = self.redirect(&credentials, &admission) {
-            return Err(AnswerKind::Redirect { status: 303, head: redirect });
+            return Err(AnswerKind::Whole { status: 303, head: redirect });
         }
         if sandbox.state.is_asleep() {
             return if sandbox.auto_resume {
@@ -226,6 +266,9 @@ impl Draft<'_> {
             } else {
                 Err(failure(Code::SandboxPaused))
             };
+        }
+        if !self.is_within_size() {
+            return Err(failure(Code::BodyTooLarge));
         }
         let slot = Slot::take(&sandbox, self.worker.config.limits.sandbox_connections_max)
             .ok_or_else(|| failure(Code::TooManyConnections))?;
@@ -235,7 +278,14 @@ impl Draft<'_> {
         forward.sandbox = Some(sandbox);
         forward.admission = Some(admission);
         forward.slot = Some(slot);
+        forward.terms = terms;
         Ok(Decision::Now(Plan::Forward(Box::new(forward))))
+    }
+
+    /// A body of chunks shows its size as it comes.
+    fn is_within_size(&self) -> bool {
+        let bytes_max = self.worker.config.limits.body_bytes_max;
+        !matches!(self.request.framing, Framing::Length(length) if bytes_max != 0 && length > bytes_max)
     }
 
     fn forward(&self, target: Target, preview: Option<(&Credentials, IpAddr, u16)>) -> Forward {
@@ -255,6 +305,7 @@ impl Draft<'_> {
             sandbox: None,
             admission: None,
             slot: None,
+            terms: None,
         }
     }
 

@@ -22,6 +22,8 @@ pub enum PumpError {
     Write,
     /// The sender's framing is wrong.
     Malformed(HeadError),
+    /// The body is larger than it may be.
+    TooLarge,
 }
 
 /// One direction of an exchange: its deadlines and counters.
@@ -40,6 +42,8 @@ pub struct Flow<'a> {
     pub sandbox: Option<&'a Sandbox>,
     /// From the client, whose bytes wake the sandbox.
     pub is_up: bool,
+    /// Most bytes of content that may pass.
+    pub bytes_max: u64,
     /// Send the contents of chunks only, for a receiver that cannot read chunks.
     pub is_unchunked: bool,
     /// Set once the receiver has taken a byte.
@@ -71,6 +75,8 @@ impl Flow<'_> {
 /// What of the input can be passed on at once.
 struct Span {
     len: usize,
+    /// How much of it is not framing.
+    content: usize,
     next: Next,
 }
 
@@ -83,19 +89,24 @@ enum Next {
 
 /// Finds the longest run of `input` that can be passed on as it is.
 fn span(body: &mut Body, input: &[u8], is_unchunked: bool) -> Result<Span, HeadError> {
-    let mut len = 0;
+    let (mut len, mut content) = (0, 0);
     loop {
         let next = match body.next(&input[len..])? {
             Piece::Framing(count) if is_unchunked => Next::Skip(count),
-            Piece::Content(count) | Piece::Framing(count) => {
+            Piece::Framing(count) => {
                 len += count;
+                continue;
+            }
+            Piece::Content(count) => {
+                len += count;
+                content += count;
                 continue;
             }
             Piece::Trailers(count) => Next::Trailers(count),
             Piece::More => Next::Read,
             Piece::End => Next::End,
         };
-        return Ok(Span { len, next });
+        return Ok(Span { len, content, next });
     }
 }
 
@@ -109,8 +120,10 @@ pub async fn pump<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
     writer: &mut W,
 ) -> Result<(), PumpError> {
     let mut head = head;
+    let mut bytes_left = flow.bytes_max;
     loop {
-        let Span { len, next } = span(body, inbox.data(), flow.is_unchunked).map_err(PumpError::Malformed)?;
+        let Span { len, content, next } = span(body, inbox.data(), flow.is_unchunked).map_err(PumpError::Malformed)?;
+        bytes_left = bytes_left.checked_sub(content as u64).ok_or(PumpError::TooLarge)?;
         if len > 0 || !head.is_empty() {
             flow.write(writer, head, &inbox.data()[..len]).await?;
             inbox.consume(len);

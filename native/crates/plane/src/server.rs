@@ -20,6 +20,7 @@ use crate::control::{self, Control, Paths};
 use crate::handover::{self, Kind, Predecessor};
 use crate::journal::Journal;
 use crate::metrics::Metrics;
+use crate::policy::Policy;
 use crate::table::Table;
 use crate::tls::Certificates;
 use crate::wake;
@@ -59,6 +60,7 @@ pub fn run(config: Config) -> io::Result<()> {
         census: Arc::default(),
         drain,
         knocks: knocks.clone(),
+        api_policy: api_policy(&config)?,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = tokio::task::LocalSet::new();
@@ -137,6 +139,15 @@ fn normalised(mut config: Config) -> Config {
         *domain = domain.trim_matches('.').to_ascii_lowercase();
     }
     config
+}
+
+/// None when no page of another origin may call the API.
+fn api_policy(config: &Config) -> io::Result<Option<Arc<Policy>>> {
+    if config.api_origin.is_empty() {
+        return Ok(None);
+    }
+    let policy = Policy::new(Some(config.api_origin.clone()), false, None);
+    policy.map(|policy| Some(Arc::new(policy))).map_err(|reason| io::Error::new(io::ErrorKind::InvalidInput, reason))
 }
 
 /// A value no other start of this program has.

@@ -14,6 +14,7 @@ use arc_swap::ArcSwap;
 use sandgate_hosts::access::{Digest, Grant, Key};
 use sandgate_hosts::host::SandboxName;
 
+use crate::policy::Policy;
 use crate::wake::Wake;
 
 /// How long a removed record is remembered: its hosts say "gone", and a late older push does not revive it.
@@ -49,6 +50,8 @@ pub struct PortRule {
     pub is_public: bool,
     /// Shares of this port.
     pub shares: Vec<Grant>,
+    /// What other sites may do with it, unless that is the sandbox's to say.
+    pub policy: Option<Policy>,
 }
 
 /// What all versions of one sandbox at one address have in common.

@@ -41,6 +41,20 @@ pub enum Phase {
     HalfClosed,
 }
 
+/// What a time-out is called in the metrics, by phase.
+pub const TIMEOUTS: [(Phase, &str); 10] = [
+    (Phase::Idle, "idle"),
+    (Phase::Head, "head"),
+    (Phase::Body, "body"),
+    (Phase::Wake, "wake"),
+    (Phase::Connect, "connect"),
+    (Phase::Push, "push"),
+    (Phase::Response, "response"),
+    (Phase::Stream, "stream"),
+    (Phase::Send, "send"),
+    (Phase::HalfClosed, "half_closed"),
+];
+
 /// Why a connection must end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {

@@ -17,15 +17,17 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
 use crate::access_log::AccessLog;
-use crate::compose::{HTTP, HTTPS, Peer};
+use crate::compose::{HTTP, HTTPS};
 use crate::config::{Config, duration, ms};
 use crate::connection;
 use crate::http::fields::Field;
 use crate::http2;
 use crate::metrics::Counters;
+use crate::policy::Policy;
 use crate::pool::Pool;
 use crate::table::{Sandbox, Table};
 use crate::tls;
+use crate::trust;
 use crate::watch::{SWEEP_MS, Watch, Watches};
 
 /// After an accept that failed for want of descriptors or memory.
@@ -56,9 +58,11 @@ impl Census {
         let mut by_client = self.by_client.lock().unwrap_or_else(PoisonError::into_inner);
         let of_client = by_client.entry(client).or_default();
         *of_client += 1;
-        let is_within = total <= config.limits.connections_max && *of_client <= config.limits.client_connections_max;
+        // A proxy stands for many clients.
+        let is_one_too_many =
+            *of_client > config.limits.client_connections_max && !trust::is_trusted(&config.trusted_proxy, client);
         drop(by_client);
-        is_within.then_some(seat)
+        (total <= config.limits.connections_max && !is_one_too_many).then_some(seat)
     }
 }
 
@@ -108,6 +112,8 @@ pub struct Shared {
     pub drain: watch::Receiver<Drain>,
     /// Takes the ids of sandboxes to be woken.
     pub knocks: UnboundedSender<Box<str>>,
+    /// What other sites may do with the API.
+    pub api_policy: Option<Arc<Policy>>,
 }
 
 /// What the connections of one worker share.
@@ -128,6 +134,8 @@ pub struct Worker {
     pub access_log: Option<RefCell<AccessLog>>,
     /// Everything that the sweep looks at.
     pub watches: Watches,
+    /// What other sites may do with the API.
+    pub api_policy: Option<Arc<Policy>>,
     knocks: UnboundedSender<Box<str>>,
     started: Instant,
     now_ms: Cell<u64>,
@@ -210,6 +218,7 @@ pub fn run(shared: Shared, counters: Arc<Counters>, listeners: Vec<Listener>, ac
         fields: RefCell::default(),
         access_log: access_log.map(RefCell::new),
         watches: Watches::default(),
+        api_policy: shared.api_policy,
         knocks: shared.knocks,
         started: Instant::now(),
         now_ms: Cell::new(0),
@@ -279,7 +288,9 @@ fn start(
     let acceptor = acceptor.cloned();
     tokio::task::spawn_local(async move {
         match (&seat, acceptor) {
-            (Some(_), None) => connection::serve(&worker, &watch, stream, Peer::new(client, HTTP)).await,
+            (Some(_), None) => {
+                connection::serve(&worker, &watch, stream, trust::peer(&worker.config, client, HTTP)).await;
+            }
             // In a box: a plain connection, of which there may be very many, need not have room for one of TLS.
             (Some(_), Some(acceptor)) => Box::pin(serve_tls(&worker, &watch, &acceptor, stream, client)).await,
             (None, None) => connection::turn_away(&worker, stream).await,
@@ -302,7 +313,7 @@ async fn serve_tls(worker: &Rc<Worker>, watch: &Rc<Watch>, acceptor: &TlsAccepto
     if stream.get_ref().1.alpn_protocol() == Some(tls::ALPN_HTTP2) {
         http2::serve(worker, watch, stream, client).await;
     } else {
-        connection::serve(worker, watch, stream, Peer::new(client, HTTPS)).await;
+        connection::serve(worker, watch, stream, trust::peer(&worker.config, client, HTTPS)).await;
     }
 }
 

@@ -65,7 +65,7 @@ fn no_input_makes_a_parser_panic() {
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nSet-Cookie: a; Domain=b; C\r\n\r\n",
         b"ff;a\r\n0\r\n\r\n0\r\nA: b\r\n\r\n",
     ];
-    let peer = Peer { address: "1.2.3.4".into(), forwarded_for: "1.2.3.4".into(), proto: "http" };
+    let peer = Peer::new([1, 2, 3, 4].into(), compose::HTTP);
     let (mut random, mut fields, mut out) = (Random(7), Vec::new(), Vec::new());
     for round in 0..200_000 {
         let mut input = seeds[round % seeds.len()].to_vec();

@@ -435,6 +435,42 @@ async def test_previews_and_shares(api, sandbox):
     assert (await api.get(one)).status_code == 404
 
 
+async def test_the_policy_of_a_preview(api, sandbox):
+    nothing = {"allowed_origins": None, "allow_credentials": False, "frame_ancestors": None}
+    made = (await api.post(f"{sandbox}/previews", json={"port": 3000})).json()
+    assert made["policy"] == nothing
+    one = f"{sandbox}/previews/{made['id']}"
+    policy = {
+        "allowed_origins": ["https://app.example:8443", "http://[::1]:5173"],
+        "allow_credentials": True,
+        "frame_ancestors": ["'self'", "https://*.example"],
+    }
+    changed = (await api.patch(one, json={"policy": policy})).json()
+    assert (changed["policy"], changed["visibility"]) == (policy, "private")
+    changed = (await api.patch(one, json={"visibility": "public"})).json()
+    assert (changed["policy"], changed["visibility"]) == (policy, "public")
+    again = (await api.post(f"{sandbox}/previews", json={"port": 3000, "policy": {"frame_ancestors": []}})).json()
+    assert again["policy"] == {**nothing, "frame_ancestors": []}
+    assert (await api.get(one)).json()["policy"] == again["policy"]
+    assert (await api.patch(f"{sandbox}/previews/nothing", json={})).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"allowed_origins": ["app.example"]},
+        {"allowed_origins": ["https://app.example/path"]},
+        {"allowed_origins": ["https://a; script-src *"]},
+        {"allowed_origins": ["*"], "allow_credentials": True},
+        {"frame_ancestors": ["'none'"]},
+        {"frame_ancestors": ["https://a\r\nX: y"]},
+    ],
+)
+async def test_a_policy_that_says_too_much_is_refused(api, sandbox, policy):
+    answer = await api.post(f"{sandbox}/previews", json={"port": 3000, "policy": policy})
+    assert answer.status_code == 422
+
+
 async def test_expose_gives_an_address(api, sandbox):
     body = (await api.post(f"{sandbox}/expose", json={"port": 8000})).json()
     assert body["data"]["url"].startswith("http")

@@ -10,8 +10,8 @@ pub mod response;
 
 use std::fmt;
 
-/// Most header fields in one head.
-pub const FIELDS_MAX: usize = 128;
+/// Most header fields in one head, whatever the limits say.
+pub const FIELDS_MAX: usize = 256;
 
 /// Why a message head cannot be accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -29,9 +29,10 @@ pub use self::request::{Head, head};
 
 use self::exchange::Exchange;
 use self::timed::Timed;
-use crate::compose::{HTTPS, Peer};
+use crate::compose::HTTPS;
 use crate::config::duration;
 use crate::connection;
+use crate::trust;
 use crate::watch::{End, Phase, Watch};
 use crate::worker::Worker;
 
@@ -70,6 +71,9 @@ where
                 Some(Err(_)) | None => return,
             },
             end = watch.ended() => {
+                if let End::Timeout(phase) = end {
+                    worker.counters.timeout(phase);
+                }
                 if matches!(end, End::Timeout(Phase::Send | Phase::HalfClosed)) {
                     return;
                 }
@@ -100,7 +104,8 @@ impl Streams {
         streams.note();
         tokio::task::spawn_local(async move {
             let watch = streams.worker.watches.add();
-            connection::serve(&streams.worker, &watch, exchange, Peer::new(client, HTTPS)).await;
+            connection::serve(&streams.worker, &watch, exchange, trust::peer(&streams.worker.config, client, HTTPS))
+                .await;
             streams.open.set(streams.open.get() - 1);
             streams.note();
         });

@@ -1,0 +1,1 @@
+"""The plane against other proxies on the same machine: `python -m loadtests.proxy` (docs/performance.md)."""
