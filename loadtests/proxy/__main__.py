@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import orjson
 
 from loadtests import report
 from loadtests.proxy import loadgen, page, peers, table
-from loadtests.proxy.cases import CASES, Case
+from loadtests.proxy.cases import CASES, PLANE, Case, Subject
 from loadtests.proxy.pairs import Plan, Result, compare
 from loadtests.proxy.peers import Site
 from loadtests.proxy.processes import BenchError, settle
@@ -33,9 +34,15 @@ async def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--warm-up-s", type=float, default=0.5)
     parser.add_argument("--rate", type=float, help="requests a second: an open loop for every case of HTTP")
     parser.add_argument("--lock", type=Path, help="a file to lock for each round, where others measure too")
+    parser.add_argument(
+        "--base", type=Path, help="another build of the plane, to be compared in every case with a plane"
+    )
+    parser.add_argument("--only-base", action="store_true", help="leave the other proxies out")
     parser.add_argument("--out", type=Path, default=Path("loadtests/results"), help="directory for the results")
     options = parser.parse_args(arguments)
     chosen = [case for case in CASES if case.name in options.cases or not options.cases]
+    if options.base:
+        chosen = [with_base(case, options.base, is_alone=options.only_base) for case in chosen]
     if unknown := set(options.cases) - {case.name for case in CASES}:
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
     if not peers.PLANE.exists():
@@ -51,6 +58,15 @@ async def main(arguments: Sequence[str]) -> None:
     write(results, about, options.out)
     for name in sorted({tool.install for tool in peers.TOOLS.values() if not tool.is_present()}):
         say(f"not installed, so not compared: {name}")
+
+
+def with_base(case: Case, program: Path, *, is_alone: bool) -> Case:
+    """The case with an earlier build of the plane among its subjects; alone: and with nothing else."""
+    ours = [subject for subject in case.subjects if subject == PLANE]
+    base = [Subject("plane, base", peers.plane(program))] if ours else []
+    if is_alone:
+        return replace(case, subjects=[*ours, *base], bars=())
+    return replace(case, subjects=[*case.subjects, *base])
 
 
 async def measure(cases: Sequence[Case], plan: Plan) -> list[Result]:

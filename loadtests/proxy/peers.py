@@ -57,7 +57,7 @@ class Endpoint:
 Start = Callable[[Site], AbstractAsyncContextManager[Endpoint]]
 
 
-def plane() -> Start:
+def plane(program: Path = PLANE) -> Start:
     """The plane with one worker."""
 
     @contextlib.asynccontextmanager
@@ -69,7 +69,7 @@ def plane() -> Start:
             listen = ["--listen", "127.0.0.1:0", "--tls-listen", f"127.0.0.1:{port}"]
             listen += ["--tls-dir", site.certificate.parent]
         command = (
-            PLANE,
+            program,
             *listen,
             *("--api-socket", sockets["api"], "--control-socket", sockets["control"]),
             *("--workers", "1", "--die-with-parent"),
