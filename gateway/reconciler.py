@@ -7,6 +7,7 @@ One worker at a time does it, the holder of a lease. Each difference has one rig
     sandbox provisioning for too long         running if its machine runs, else error
     sandbox past its end                      destroy it
     sandbox running, machine paused, or v. v. record what the machine is
+    build whose builder fell silent           failed, its machine destroyed
     machine with other timers than SQL has    tell the host
     snapshot pending, nobody taking it        what the host has of it; error if that is nothing
     snapshot ready without an image           error
@@ -31,7 +32,7 @@ from gateway.engine.images import ImageReconciler
 from gateway.engine.sandboxes import has_other_timers, timers
 from gateway.errors import GatewayError
 from gateway.resources import Sandbox, SandboxState
-from gateway.store import events, leases, previews, sandboxes, tickets
+from gateway.store import builds, events, leases, previews, sandboxes, templates, tickets
 from vmm.errors import MachineError, VmmError
 from vmm.types import MachineInfo, MachineState, StopCause
 
@@ -46,7 +47,8 @@ class Pace:
     """How often and how patiently. All in seconds.
 
     provisioning_s: after this nobody can be starting a sandbox any more (a create gives up after 30 s).
-    orphan_s: age below which a machine is left alone.  overdue_s: how late the host's own timer may be.
+    orphan_s: age below which a machine or an image is left alone.  overdue_s: how late the host's own timer may be.
+    silent_s: after this long without a sign of life a build has no builder.
     """
 
     interval_s: float = 5.0
@@ -54,6 +56,7 @@ class Pace:
     provisioning_s: float = 45.0
     orphan_s: float = 10.0
     overdue_s: float = 5.0
+    silent_s: float = 30.0
     prune_interval_s: float = 600.0
     event_retention_s: float = 7 * _DAY_S
     sandbox_retention_s: float = 90 * _DAY_S
@@ -99,9 +102,11 @@ class Reconciler:
                 connection, [SandboxState.PROVISIONING, SandboxState.RUNNING, SandboxState.PAUSED]
             )
         )
-        await self._destroy_orphans(machines, {sandbox.id for sandbox in living})
+        builders = await self._settle_builds()
+        await self._destroy_orphans(machines, {sandbox.id for sandbox in living} | builders)
         for sandbox in living:
             await self._settle(sandbox, machines.get(sandbox.id))
+        await self._images.reconcile()
 
     async def _destroy_orphans(self, machines: Mapping[str, MachineInfo], living: set[str]) -> None:
         now = self._context.clock()
@@ -111,6 +116,17 @@ class Reconciler:
                 continue
             _log.warning("machine %s has no sandbox, destroying it", machine.id)
             await self._context.host.destroy_machine(machine.id, StopCause.LOST)
+
+    async def _settle_builds(self) -> set[str]:
+        """End builds that nobody works on any more; the machines of the others."""
+        machines = set()
+        for build in await self._context.database.read(builds.find_open):
+            if self._context.clock() - build.alive_at < self._pace.silent_s:
+                machines.add(build.machine_id)
+            else:
+                _log.warning("build %s has been left by its builder", build.id)
+                await self._engine.builds.interrupt(build)
+        return machines
 
     async def _settle(self, sandbox: Sandbox, machine: MachineInfo | None) -> None:
         now = self._context.clock()
@@ -179,6 +195,8 @@ def prune(connection: sa.Connection, now: float, pace: Pace) -> None:
     """Forget what has been kept long enough."""
     events.prune(connection, now - pace.event_retention_s, limit=_PRUNE_MAX)
     sandboxes.prune(connection, now - pace.sandbox_retention_s, limit=_PRUNE_MAX)
+    serving = templates.image_ids(connection)
+    builds.prune(connection, now - pace.sandbox_retention_s, keep=serving, limit=_PRUNE_MAX)
     previews.prune_shares(connection, now - _DAY_S)
     tickets.prune(connection, now)
 

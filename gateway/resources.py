@@ -59,6 +59,18 @@ class BuildState(enum.StrEnum):
     CANCELLED = "cancelled"
 
 
+class BuildFailure(enum.StrEnum):
+    """Why a build failed; its `error_detail` says more, its step which one it was."""
+
+    STEP_FAILED = "step_failed"
+    START_FAILED = "start_failed"
+    PROBE_FAILED = "probe_failed"
+    TIMED_OUT = "timed_out"
+    SNAPSHOT_FAILED = "snapshot_failed"
+    HOST_FAILED = "host_failed"
+    INTERRUPTED = "interrupted"
+
+
 @dataclass(frozen=True, slots=True)
 class Principal:
     """Who makes a request: a key of a workspace and what it may do.
@@ -378,7 +390,7 @@ class BuildStep:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """When what the start command started is ready: a shell line succeeds, or a port answers (with HTTP: below 500)."""
+    """When what the start command started is ready: a shell line succeeds, or a port answers (HTTP: below 400)."""
 
     kind: Literal["command", "http", "port"]
     command: str = ""
@@ -406,7 +418,7 @@ class BuildSpec:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """One run of a template's specification. `step` counts from 1; `error_code` is one of `gateway.errors.CODES`."""
+    """One run of a template's specification. `step` counts from 1; `error_code` is a `BuildFailure`."""
 
     id: str
     template_id: str

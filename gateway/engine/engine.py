@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 
 from gateway.commands import StreamEvents
+from gateway.engine.builds import BuildService
 from gateway.engine.context import Context
 from gateway.engine.creation import CreationService
 from gateway.engine.environment import EnvironmentService
@@ -38,6 +39,16 @@ class Engine:
         self.templates = TemplateService(context)
         self.list_templates = self.templates.list
         self.get_template = self.templates.get
+
+        self.builds = BuildService(context, self.templates)
+        self.create_template = self.builds.create
+        self.delete_template = self.builds.delete
+        self.build_template = self.builds.rebuild
+        self.list_builds = self.builds.list
+        self.get_build = self.builds.get
+        self.cancel_build = self.builds.cancel
+        self.get_build_log = self.builds.log
+        self.stream_build_log = self.builds.stream
 
         self.sandboxes = SandboxService(context)
         self.list_sandboxes = self.sandboxes.list
@@ -127,6 +138,7 @@ class Engine:
 
     async def close(self) -> None:
         """End what runs beside the requests. The host goes on with what it has been asked for."""
+        await self.builds.close()
         await self.snapshots.close()
 
     async def stream_events(self, principal: Principal, command: StreamEvents) -> AsyncGenerator[Event, None]:

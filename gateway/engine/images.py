@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+import sqlalchemy as sa
+
 from gateway.engine.engine import Engine
 from gateway.resources import Snapshot, SnapshotState
-from gateway.store import snapshots, templates
+from gateway.store import builds, snapshots, templates
 from vmm.errors import VmmError
 from vmm.types import SnapshotInfo
 from vmm.types import SnapshotState as ImageState
@@ -61,9 +63,7 @@ class ImageReconciler:
 
     async def _delete_orphans(self, images: Mapping[str, SnapshotInfo]) -> None:
         # Asked for again: what was pending above may have a template of its own by now.
-        owned = await self._context.database.read(
-            lambda connection: snapshots.ids(connection) | templates.image_ids(connection)
-        )
+        owned = await self._context.database.read(_owned)
         for image in images.values():
             if image.id in owned or image.state is ImageState.PENDING or self._is_young(image.created_at):
                 continue
@@ -75,3 +75,9 @@ class ImageReconciler:
 
     def _is_young(self, created_at: float) -> bool:
         return self._context.clock() - created_at < self._young_s
+
+
+def _owned(connection: sa.Connection) -> set[str]:
+    """Ids of all images that belong to something."""
+    under_way = {build.id for build in builds.find_open(connection)}
+    return snapshots.ids(connection) | templates.image_ids(connection) | under_way

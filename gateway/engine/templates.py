@@ -56,6 +56,10 @@ class TemplateService:
             raise GatewayError("template_not_found", f"There is no template {name!r}.")
         return found
 
+    async def is_built_in(self, name: str) -> bool:
+        """Whether the host has a template of that name, alias or id."""
+        return _find(await self._ask(), name) is not None
+
     async def startable(self, principal: Principal, name: str) -> Template:
         """The same, if sandboxes can start from it. Raises template_not_found, template_not_ready."""
         template = await self.resolve(principal, name)

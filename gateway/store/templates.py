@@ -88,6 +88,11 @@ def change(connection: sa.Connection, template_id: str, **values: Any) -> bool:
     return connection.execute(statement).rowcount == 1
 
 
+def set_spec(connection: sa.Connection, template_id: str, spec: BuildSpec, *, state: str, at: float) -> None:
+    """Note what it is built from now on."""
+    change(connection, template_id, spec=msgspec.to_builtins(spec), state=state, updated_at=at)
+
+
 def delete(connection: sa.Connection, template_id: str) -> None:
     """Remove a row, with its builds and their logs."""
     connection.execute(sa.delete(templates).where(templates.c.id == template_id))

@@ -93,7 +93,7 @@ def json_object(raw: bytes, kind: type[T]) -> T:
         fields = _json(raw)
     if not isinstance(fields, dict):
         raise GatewayError("malformed", "The body must be a JSON object.")
-    raise _invalid_fields(fields, kind, strict=True)
+    raise invalid_fields(fields, kind, strict=True)
 
 
 def _json(raw: bytes) -> Any:
@@ -110,10 +110,10 @@ def query(connection: HTTPConnection, kind: type[T]) -> T:
     try:
         return msgspec.convert(fields, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise _invalid_fields(fields, kind, strict=False) from error
+        raise invalid_fields(fields, kind, strict=False) from error
 
 
-def _invalid_fields(fields: Mapping[str, Any], kind: type[msgspec.Struct], *, strict: bool) -> GatewayError:
+def invalid_fields(fields: Mapping[str, Any], kind: type[msgspec.Struct], *, strict: bool) -> GatewayError:
     """All bad fields: msgspec stops at the first, callers want to hear of every one."""
     problems = []
     for row in msgspec.structs.fields(kind):

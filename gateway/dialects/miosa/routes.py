@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gateway.dialects.miosa import (
+    builds,
     documents,
     events,
     execution,
@@ -27,7 +28,7 @@ FAMILIES: dict[str, tuple[Route, ...]] = {
     "Files": files.ROUTES,
     "Previews": previews.ROUTES,
     "Environment and logs": variables.ROUTES,
-    "Templates": templates.ROUTES,
+    "Templates": (*templates.ROUTES, *builds.ROUTES),
     "API keys": keys.ROUTES,
     "Events": events.ROUTES,
     "Usage": usage.ROUTES,
