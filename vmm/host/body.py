@@ -19,6 +19,7 @@ record; `vmm.host.crash` points name the places where it matters.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -109,7 +110,8 @@ class Body:
             point("freeze.written")
             await self._parts.driver.freeze(unit.id)
         except BaseException:
-            await self._parts.driver.thaw(unit.id)
+            with contextlib.suppress(MachineError):
+                await self._parts.driver.thaw(unit.id)
             self._retreat(state=MachineState.RUNNING, frozen_at=None)
             self.line.release()
             raise
@@ -188,6 +190,7 @@ class Body:
     def begin_end(self, end: Exit) -> None:
         """Let nobody reach it any more: only then may a caller be told that it is gone."""
         self._retreat(cause=end.cause, detail=end.detail, state=MachineState.STOPPING)
+        point("end.written")
         self.line.close(MachineError("machine_not_running", "the machine has ended", detail=end.detail or end.cause))
         self.tell()
 
@@ -195,6 +198,7 @@ class Body:
         """Free everything. What could not be freed leaves the record `stopping`, for the next start."""
         record = self.record
         left = None if record.unit is None else await self._parts.units.destroy(record.unit)
+        point("end.freed")
         state = MachineState.FAILED if is_failed else MachineState.STOPPED
         if left is None:
             self._retreat(state=state, stopped_at=time.time(), image=None)
