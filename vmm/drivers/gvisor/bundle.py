@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from vmm.drivers.base import Shape
+from vmm.drivers.gvisor.cgroups import CPU_PERIOD_US
 
 #: What a container's root may do by convention, minus raw sockets, which would let a guest forge packets, plus
 #: SYS_ADMIN, without which the agent could not set the host name. gVisor grants them inside the sandbox only.
@@ -35,9 +36,18 @@ _CAPABILITIES = [
 #: A backstop for the host. It counts gVisor's own threads: too low a value kills the machine instead of failing a fork.
 PIDS_MAX = 4096
 
-_CPU_PERIOD_US = 100_000
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _OPEN_FILES_MAX = 65_536
+
+
+def cpu_quota_us(shape: Shape) -> int:
+    """Processor time that a machine may use per period (`CPU_PERIOD_US`)."""
+    return max(1000, int(shape.cpu_count * CPU_PERIOD_US))
+
+
+def memory_bytes(shape: Shape) -> int:
+    """Memory that a machine may use, gVisor's own included."""
+    return shape.memory_mib * 1024 * 1024
 
 
 def make(shape: Shape, *, agent: str, token: str, namespace: str, cgroup: str) -> dict[str, Any]:
@@ -82,8 +92,8 @@ def make(shape: Shape, *, agent: str, token: str, namespace: str, cgroup: str) -
                 {"type": "network", "path": namespace},
             ],
             "resources": {
-                "cpu": {"period": _CPU_PERIOD_US, "quota": max(1000, int(shape.cpu_count * _CPU_PERIOD_US))},
-                "memory": {"limit": shape.memory_mib * 1024 * 1024},
+                "cpu": {"period": CPU_PERIOD_US, "quota": cpu_quota_us(shape)},
+                "memory": {"limit": memory_bytes(shape)},
                 "pids": {"limit": PIDS_MAX},
             },
         },

@@ -7,7 +7,9 @@ and removes what is left. Groups lie at `sandgate-<instance>/<machine>` in every
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,9 @@ _ROOT = Path("/sys/fs/cgroup")
 #: The trees without which a machine would have no limit.
 _NEEDED = ("cpu", "memory", "pids")
 _FREEZE_TIMEOUT_S = 2.0
+CPU_PERIOD_US = 100_000
+#: Room above what cannot be given back, when that is more than the limit.
+_MEMORY_SLACK_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +109,12 @@ class Groups:
         if self._hierarchy.unified:
             cpu = dict(line.split() for line in self._read(machine_id, "cpu", "cpu.stat").splitlines())
             cpu_seconds = int(cpu.get("usage_usec", 0)) / 1e6
-            memory, limit = (self._number(machine_id, "memory", f"memory.{name}") for name in ("current", "max"))
+            limit = self._number(machine_id, "memory", "memory.max")
         else:
             cpu_seconds = self._number(machine_id, "cpuacct", "cpuacct.usage") / 1e9
-            memory, limit = (
-                self._number(machine_id, "memory", f"memory.{name}_in_bytes") for name in ("usage", "limit")
-            )
-        return MachineStats(cpu_seconds, memory, limit, self._number(machine_id, "pids", "pids.current"))
+            limit = self._number(machine_id, "memory", "memory.limit_in_bytes")
+        pids = self._number(machine_id, "pids", "pids.current")
+        return MachineStats(cpu_seconds, self.memory_bytes(machine_id), limit, pids)
 
     def can_freeze(self) -> bool:
         """Whether the host can stop a machine in place."""
@@ -136,6 +140,58 @@ class Groups:
                 raise TimeoutError(f"{machine_id} is not {state.lower()}")
             time.sleep(0.0005)
 
+    def is_frozen(self, machine_id: str) -> bool:
+        """Whether a machine stands still, or was told to."""
+        name = "cgroup.freeze" if self._hierarchy.unified else "freezer.state"
+        return self._read(machine_id, "freezer", name).strip() not in ("0", "THAWED", "")
+
+    def set_limits(self, machine_id: str, *, cpu_quota_us: int, memory_bytes: int) -> None:
+        """Set a machine's limits; a negative one is none. Raises OSError.
+
+        cpu_quota_us: processor time per period (`CPU_PERIOD_US`).  memory_bytes: a machine that already holds more is
+        kept from growing instead of being killed.
+        """
+        if self._hierarchy.unified:
+            held = self._number(machine_id, "memory", "memory.current") - self._cached(machine_id, "file")
+            if 0 <= memory_bytes < held + _MEMORY_SLACK_BYTES:
+                memory_bytes = held + _MEMORY_SLACK_BYTES
+            quota = f"{cpu_quota_us if cpu_quota_us >= 0 else 'max'} {CPU_PERIOD_US}"
+            self._write(machine_id, "cpu", "cpu.max", quota)
+            self._write(machine_id, "memory", "memory.max", str(memory_bytes) if memory_bytes >= 0 else "max")
+            return
+        self._write(machine_id, "cpu", "cpu.cfs_quota_us", str(cpu_quota_us))
+        try:
+            self._write(machine_id, "memory", "memory.limit_in_bytes", str(memory_bytes))
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            held = self._number(machine_id, "memory", "memory.usage_in_bytes") + _MEMORY_SLACK_BYTES
+            self._write(machine_id, "memory", "memory.limit_in_bytes", str(held))
+
+    @contextlib.contextmanager
+    def unlimited(self, machine_id: str, *, cpu_quota_us: int, memory_bytes: int) -> Iterator[None]:
+        """Lift a machine's limits, and set these in the end. Raises OSError."""
+        self.set_limits(machine_id, cpu_quota_us=-1, memory_bytes=-1)
+        try:
+            yield
+        finally:
+            # A machine that has died meanwhile has taken its group along.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                self.set_limits(machine_id, cpu_quota_us=cpu_quota_us, memory_bytes=memory_bytes)
+
+    def memory_bytes(self, machine_id: str) -> int:
+        """Memory that counts as the machine's, page cache included."""
+        name = "memory.current" if self._hierarchy.unified else "memory.usage_in_bytes"
+        return self._number(machine_id, "memory", name)
+
+    def drop_memory(self, machine_id: str) -> None:
+        """Let go of what the kernel can read back: page cache, and with swap everything."""
+        with contextlib.suppress(OSError):  # some of it is always in use, and that is told as an error
+            if self._hierarchy.unified:
+                self._write(machine_id, "memory", "memory.reclaim", str(self.memory_bytes(machine_id)))
+            else:
+                self._write(machine_id, "memory", "memory.force_empty", "1")
+
     def remove(self, machine_id: str) -> bool:
         """Remove a machine's groups; False when a process still lives in one."""
         return all(_remove(group) for group in self._groups(machine_id))
@@ -156,6 +212,16 @@ class Groups:
             return (tree / self._parent / machine_id / name).read_text()
         except OSError:
             return ""
+
+    def _write(self, machine_id: str, controller: str, name: str, value: str) -> None:
+        tree = self._hierarchy.tree(controller)
+        if tree is None:
+            raise FileNotFoundError(f"no {controller} controller")
+        (tree / self._parent / machine_id / name).write_text(value)
+
+    def _cached(self, machine_id: str, kind: str) -> int:
+        rows = dict(line.split() for line in self._read(machine_id, "memory", "memory.stat").splitlines())
+        return int(rows.get(kind, 0))
 
     def _number(self, machine_id: str, controller: str, name: str) -> int:
         text = self._read(machine_id, controller, name).strip()

@@ -16,12 +16,12 @@ import os
 import signal
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from vmm.drivers.base import AGENT_PORT, Capabilities, Exit, ImageFiles, Placement, Saved, Shape
-from vmm.drivers.gvisor import bundle, cgroups, firewall, network, processes, runsc, syscalls
+from vmm.drivers.gvisor import bundle, cgroups, firewall, memory, network, processes, runsc, syscalls
 from vmm.drivers.gvisor.config import GvisorConfig
 from vmm.drivers.gvisor.network import Slot
 from vmm.drivers.gvisor.supplies import Supplies, Supply
@@ -50,8 +50,11 @@ class _Unit:
     slot_index: int
     address: str
     template_digest: str
+    shape: Shape
     #: The link, until the shell is started and its sandbox has it.
     slot: Slot | None = None
+    #: Held by what takes a moment and must not be disturbed: saving, freezing, reclaiming.
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     exit: Exit | None = None
     is_frozen: bool = False
@@ -70,12 +73,16 @@ class GvisorDriver:
         self._units: dict[str, _Unit] = {}
         self._resolvers: tuple[str, ...] = ()
         self._reaper: asyncio.Task[None] | None = None
+        self._release = ""
         self._runsc: runsc.Runsc
         self._block: network.Block
         self._supplies: Supplies | None = None
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(isolation="gvisor", limits=True, freeze=self._groups.can_freeze())
+        can_freeze = self._groups.can_freeze()
+        return Capabilities(
+            "gvisor", limits=True, freeze=can_freeze, memory_snapshot=True, reconnect_after_snapshot=True
+        )
 
     def templates(self) -> Sequence[TemplateInfo]:
         return self._templates.infos()
@@ -95,9 +102,10 @@ class GvisorDriver:
         program = runsc.find()
         if program is None:
             raise MachineError("driver_failed", "runsc is missing; `sandgate doctor` says how to install it")
-        if (release := runsc.release(program)) not in runsc.RELEASES:
+        self._release = runsc.release(program)
+        if self._release not in runsc.RELEASES:
             supported = ", ".join(runsc.RELEASES)
-            raise MachineError("driver_failed", f"runsc {release} is not supported; install release {supported}")
+            raise MachineError("driver_failed", f"runsc {self._release} is not supported; install release {supported}")
         if not self._groups.is_complete:
             raise MachineError("driver_failed", "the cgroup controllers cpu, memory and pids are not all mounted")
         config = self._config
@@ -149,18 +157,55 @@ class GvisorDriver:
         return await self._enliven(unit, lambda slot: self._runsc.start(unit, slot))
 
     async def restore(self, unit: str, image: ImageFiles) -> Placement:
-        raise MachineError("snapshot_failed", "this driver cannot restore yet", detail=f"{unit} from {image.id}")
+        def load(slot: Slot) -> None:
+            self._check_fits(self._unit(unit), image)
+            self._runsc.restore(unit, slot, image.directory)
+
+        return await self._enliven(unit, load)
 
     async def start(self, unit: str, shape: Shape, *, token: str) -> Placement:
         await self._create(unit, shape, token)
         return await self.boot(unit)
 
     async def save(self, unit: str, directory: Path) -> Saved:
-        raise MachineError("snapshot_failed", "this driver cannot save yet", detail=f"{unit} to {directory}")
+        made = self._started(unit)
+        async with made.lock:
+            work = asyncio.create_task(asyncio.to_thread(self._save, unit, made, directory))
+            try:
+                pause_s = await asyncio.shield(work)
+            except asyncio.CancelledError:
+                # The sandbox cannot be told to give up: it is done in a moment, and then nothing is to be left.
+                while not work.done():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.wait([work])
+                _clear(directory)
+                raise
+        size_bytes = sum(file.stat().st_size for file in directory.iterdir())
+        return Saved(pause_s, size_bytes, made.template_digest, self._release)
+
+    def _save(self, unit: str, made: _Unit, directory: Path) -> float:
+        """Returns how long the unit stood still, in seconds."""
+        try:
+            if made.is_frozen:
+                self._groups.set_frozen(unit, False)
+            try:
+                # Its own limits would slow it down, and what it writes counts as its memory until it is on the disk.
+                with self._unlimited(unit, made.shape), network.unreachable(made.pid):
+                    return self._runsc.save(unit, directory)
+            finally:
+                if made.is_frozen:
+                    self._groups.set_frozen(unit, True)
+        except BaseException as error:
+            _clear(directory)
+            if isinstance(error, OSError):
+                message = "the machine could not be saved"
+                raise MachineError("snapshot_failed", message, detail=str(error)) from error
+            raise
 
     async def reclaim(self, unit: str) -> int:
-        self._unit(unit)
-        return 0
+        made = self._unit(unit)
+        async with made.lock:
+            return await asyncio.to_thread(memory.reclaim, self._groups, unit) if made.is_frozen else 0
 
     async def _create(self, unit: str, shape: Shape, token: str) -> None:
         """Make a shell that is not frozen yet."""
@@ -174,7 +219,7 @@ class GvisorDriver:
             self._block.give_back(supply.slot.index)
             raise
         slot = supply.slot
-        self._watch(unit, _Unit(sandbox.pid, pidfd, slot.index, slot.address, template.info.digest, slot))
+        self._watch(unit, _Unit(sandbox.pid, pidfd, slot.index, slot.address, template.info.digest, shape, slot))
 
     def _make_shell(
         self, unit: str, shape: Shape, token: str, template: Template, supply: Supply
@@ -211,6 +256,7 @@ class GvisorDriver:
             "started": processes.start_time(shell.pid),
             "slot": shell.slot_index,
             "template": shell.template_digest,
+            "shape": asdict(shell.shape),
         }
         return Placement(shell.address, resolvers=self._resolvers, facts=facts)
 
@@ -219,7 +265,9 @@ class GvisorDriver:
             if shell.is_frozen:
                 self._groups.set_frozen(unit, False)
                 shell.is_frozen = False
-            start(slot)
+            # Half of the time of a start is the sandbox's own work, on as many processors as there are.
+            with self._unlimited(unit, shell.shape):
+                start(slot)
         finally:
             slot.release()
 
@@ -239,19 +287,38 @@ class GvisorDriver:
             raise
 
     async def adopt(self, unit: str, placement: Placement) -> bool:
-        pid, started, slot = (placement.facts.get(key) for key in ("pid", "started", "slot"))
-        if not isinstance(pid, int) or not isinstance(slot, int) or processes.start_time(pid) != started:
+        try:
+            pid, started, slot, template = (placement.facts[key] for key in ("pid", "started", "slot", "template"))
+            shape = Shape(**placement.facts["shape"])
+        except (KeyError, TypeError):
+            return False  # another version's, or another driver's
+        if processes.start_time(pid) != started:
             return False
         self._block.reserve(slot)
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             return False
-        self._watch(unit, _Unit(pid, pidfd, slot, placement.address, str(placement.facts.get("template", ""))))
+        made = _Unit(pid, pidfd, slot, placement.address, template, shape)
+        try:
+            made.is_frozen = await asyncio.to_thread(self._take_over, unit, pid, shape)
+        except OSError:
+            os.close(pidfd)
+            return False  # It is ending just now.
+        self._watch(unit, made)
         return True
 
+    def _take_over(self, unit: str, pid: int, shape: Shape) -> bool:
+        """Undo what an interrupted save has left: no limits, no packets. Returns whether the unit is frozen."""
+        network.make_reachable(pid)
+        self._groups.set_limits(unit, cpu_quota_us=bundle.cpu_quota_us(shape), memory_bytes=bundle.memory_bytes(shape))
+        return self._groups.is_frozen(unit)
+
     async def dial(self, unit: str, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Transport:
-        address = self._unit(unit).address
+        made = self._unit(unit)
+        address = made.address
+        async with made.lock:
+            pass  # While it is saved its greeting would be lost, and sent again only after a second.
         transport, _ = await asyncio.get_running_loop().create_connection(protocol, address, AGENT_PORT)
         return transport
 
@@ -305,13 +372,34 @@ class GvisorDriver:
         return machine
 
     async def _set_frozen(self, unit: str, is_frozen: bool) -> None:
-        machine = self._unit(unit)
-        try:
-            await asyncio.to_thread(self._groups.set_frozen, unit, is_frozen)
-        except OSError as error:
-            verb = "frozen" if is_frozen else "thawed"
-            raise MachineError("driver_failed", f"the machine could not be {verb}", detail=str(error)) from error
-        machine.is_frozen = is_frozen
+        made = self._unit(unit)
+        async with made.lock:
+            try:
+                await asyncio.to_thread(self._groups.set_frozen, unit, is_frozen)
+            except OSError as error:
+                verb = "frozen" if is_frozen else "thawed"
+                raise MachineError("driver_failed", f"the machine could not be {verb}", detail=str(error)) from error
+            made.is_frozen = is_frozen
+
+    def _started(self, unit: str) -> _Unit:
+        made = self._unit(unit)
+        if made.slot is not None or made.ended.is_set():
+            raise MachineError("machine_not_running", f"machine {unit} does not run")
+        return made
+
+    def _check_fits(self, shell: _Unit, image: ImageFiles) -> None:
+        for name, here, there in (
+            ("template", shell.template_digest, image.template_digest),
+            ("runtime", self._release, image.runtime),
+            ("shape", shell.shape, image.shape),
+        ):
+            if here != there:
+                message = f"the snapshot was made with another {name}"
+                raise MachineError("snapshot_incompatible", message, detail=f"{there}; here it is {here}")
+
+    def _unlimited(self, unit: str, shape: Shape) -> contextlib.AbstractContextManager[None]:
+        quota, limit = bundle.cpu_quota_us(shape), bundle.memory_bytes(shape)
+        return self._groups.unlimited(unit, cpu_quota_us=quota, memory_bytes=limit)
 
     def _thaw(self, unit: str) -> None:
         with contextlib.suppress(OSError):
@@ -364,6 +452,11 @@ class GvisorDriver:
         while True:
             await asyncio.sleep(_REAP_PERIOD_S)
             await asyncio.to_thread(processes.reap_orphans, self._watched())
+
+
+def _clear(directory: Path) -> None:
+    for name in runsc.IMAGE_FILES:
+        (directory / name).unlink(missing_ok=True)
 
 
 def _unwatch(machine: _Unit) -> None:

@@ -12,12 +12,13 @@ after itself, so that rules and clean-up of one never touch another's.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import ipaddress
 import os
 import socket
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ _GUEST_LINK = "eth0"
 _ETH_P_ALL = 3
 _SOL_PACKET, _PACKET_VNET_HDR = 263, 15
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
+_SO_DETACH_FILTER = 27
 #: What runsc itself gives the socket it would have made; less drops frames in bursts.
 _SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
 
@@ -156,6 +158,40 @@ def make_slot(block: Block, index: int, mtu: int) -> Slot:
             host.set_up(interface)
         keep.pop_all()
     return Slot(index, interface, gateway, address, packets.getsockname()[4], mtu, namespace, packets)
+
+
+@contextlib.contextmanager
+def unreachable(pid: int) -> Iterator[None]:
+    """Keep packets from the sandbox with this process. Raises OSError, also when it has none of our links."""
+    with _packets_of(pid) as packets:
+        syscalls.drop_packets(packets)
+        try:
+            yield
+        finally:
+            packets.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+
+
+def make_reachable(pid: int) -> None:
+    """End what an interrupted `unreachable` has left."""
+    with _packets_of(pid) as packets, contextlib.suppress(FileNotFoundError):
+        packets.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+
+
+def _packets_of(pid: int) -> socket.socket:
+    """The packet socket of a slot, from the process that it was handed to."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        for path in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if not str(path.readlink()).startswith("socket:"):
+                    continue
+                found = socket.socket(fileno=syscalls.take_descriptor(pidfd, int(path.name)))
+                if found.family == socket.AF_PACKET:
+                    return found
+                found.close()
+    finally:
+        os.close(pidfd)
+    raise OSError(errno.ENOTCONN, "the sandbox has no link")
 
 
 def interfaces(prefix: str) -> list[str]:

@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import os
 import platform
+import socket
 import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -19,6 +20,13 @@ _FSOPEN_CLOEXEC = 1
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _FSMOUNT_CLOEXEC = 1
 _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOEXEC = 2, 4, 8
+
+_SYS_PIDFD_GETFD, _SYS_PROCESS_MADVISE = 438, 440
+_MADV_PAGEOUT = 21
+
+_SO_ATTACH_FILTER = 26
+#: One instruction of classic BPF: return 0, which is how much of each packet is kept.
+_BPF_DROP = struct.pack("HBBI", 0x06, 0, 0, 0)
 
 _LOOP_CONFIGURE, _LOOP_CTL_GET_FREE, _LOOP_CLR_FD = 0x4C0A, 0x4C82, 0x4C01
 _LO_FLAGS_AUTOCLEAR, _LO_FLAGS_DIRECT_IO = 4, 16
@@ -93,6 +101,27 @@ def mount_detached(kind: str, source: str, *flags: str) -> int:
         return _check(_libc.syscall(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes))
     finally:
         os.close(context)
+
+
+def take_descriptor(pidfd: int, number: int) -> int:
+    """A copy of an open descriptor of another process."""
+    return _check(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0))
+
+
+def drop_packets(packets: socket.socket) -> None:
+    """Have a socket receive nothing, in whatever process, until its filter is detached (SO_DETACH_FILTER)."""
+    program = ctypes.create_string_buffer(_BPF_DROP)
+    packets.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(program)))
+
+
+class _Range(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+def page_out(pidfd: int, start: int, length: int) -> None:
+    """Have the kernel write out and forget a range of a process's memory, as far as that has a place to go to."""
+    memory = _Range(start, length)
+    _check(_libc.syscall(_SYS_PROCESS_MADVISE, pidfd, ctypes.byref(memory), 1, _MADV_PAGEOUT, 0))
 
 
 def is_little_endian_64bit() -> bool:
