@@ -2,6 +2,8 @@
 //!
 //! Only converts between Python and the crates that carry the logic. Every function is listed in `native/_core.pyi`.
 
+mod pool;
+
 use pyo3::create_exception;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -32,5 +34,6 @@ fn parse_host(header: &str, domains: Vec<String>) -> PyResult<Parsed> {
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("HostError", module.py().get_type::<HostError>())?;
+    pool::add(module)?;
     module.add_function(wrap_pyfunction!(parse_host, module)?)
 }
