@@ -34,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run_api(settings)
     if arguments.command == "run-hostd":
         return _run_hostd(settings)
+    if arguments.command == "plane":
+        from gateway import plane_command
+
+        return plane_command.run(arguments, settings)
     from gateway import administration
 
     return administration.run(arguments, settings)

@@ -16,6 +16,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
@@ -67,10 +68,40 @@ class LogFile:
         self._file.close()
 
 
-class Child:
-    """One process of the server.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Process:
+    """A running process and the task that copies its output, if that is kept."""
 
-    is_ready: asks whether it serves. log: where its output goes; None leaves it to the supervisor's own.
+    process: asyncio.subprocess.Process
+    copying: asyncio.Task[None] | None
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process.returncode is None
+
+    async def wait(self) -> int:
+        """Wait for its end and its last lines; its exit code."""
+        code = await self.process.wait()
+        if self.copying is not None:
+            # A descendant that outlives it still holds the pipe; nothing waits for that.
+            await asyncio.wait([self.copying], timeout=_LAST_LINES_S)
+            self.copying.cancel()
+        return code
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal; one that has ended does not mind."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+
+class Child:
+    """One process that is started again when it dies.
+
+        start ──▶ running ──dies──▶ (pause) running …
+                     │ replace: a successor runs, this one retires
+                     └ hold ──▶ held ──release──▶ running …
+
+    is_ready: whether it serves now.  log: where its output goes; None leaves it to the supervisor's own.
     keep_fds: descriptors it inherits.
     """
 
@@ -90,26 +121,45 @@ class Child:
         self.is_ready = is_ready
         self._log = log
         self._keep_fds = tuple(keep_fds)
-        self._process: asyncio.subprocess.Process | None = None
-        self._copying: asyncio.Task[None] | None = None
+        self._current: _Process | None = None
+        self._successor: _Process | None = None
+        #: What has been replaced and still ends its work, with the task that waits for it.
+        self._retiring: dict[_Process, asyncio.Task[None]] = {}
+        self._replaced = asyncio.Event()
+        self._replacing = asyncio.Lock()
+        self._wanted = asyncio.Event()
+        self._wanted.set()
         self._is_stopping = False
 
     @property
     def pid(self) -> int | None:
         """The running process, if there is one."""
-        process = self._process
-        return process.pid if process is not None and process.returncode is None else None
+        current = self._current
+        return current.process.pid if current is not None and current.is_alive else None
+
+    @property
+    def pids(self) -> set[int]:
+        """The running process, those that it has replaced, and one that is about to replace it."""
+        return {one.process.pid for one in self._alive()}
+
+    def _alive(self) -> list[_Process]:
+        all_of_them = (*self._retiring, self._current, self._successor)
+        return [one for one in all_of_them if one is not None and one.is_alive]
 
     async def start(self) -> None:
         """Start the process; `keep_running` is to follow."""
-        output = None
+        self._current = await self._spawn()
+
+    async def _spawn(self, *flags: str) -> _Process:
+        output, copying = None, None
         if self._log is not None:
             # A pipe of our own: `wait` would not return before every descendant closed one of asyncio's.
             source, output = os.pipe()
-            self._copying = asyncio.create_task(_copy(source, self._log), name=f"log of {self.name}")
+            copying = asyncio.create_task(_copy(source, self._log), name=f"log of {self.name}")
         try:
-            self._process = await asyncio.create_subprocess_exec(
+            process = await asyncio.create_subprocess_exec(
                 *self._argv,
+                *flags,
                 env=self._environ,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
@@ -121,12 +171,17 @@ class Child:
         finally:
             if output is not None:
                 os.close(output)
+        return _Process(process, copying)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until it serves. Raises StartError if it dies first or takes too long."""
+        if self._current is not None:
+            await self._until(self._current, self.is_ready, timeout_s)
+
+    async def _until(self, one: _Process, is_ready: Callable[[], Awaitable[bool]], timeout_s: float) -> None:
         until = time.monotonic() + timeout_s
-        while not await self.is_ready():
-            if self.pid is None:
+        while not await is_ready():
+            if not one.is_alive:
                 raise StartError(f"{self.name} ended while starting.{self._last_words()}")
             if time.monotonic() > until:
                 raise StartError(f"{self.name} was not ready after {timeout_s:g} s.{self._last_words()}")
@@ -135,46 +190,110 @@ class Child:
     async def keep_running(self) -> None:
         """Start it again whenever it ends, until `stop`."""
         backoff_s = _BACKOFF_FIRST_S
-        while self._process is not None:
+        while (current := self._current) is not None:
             started = time.monotonic()
-            code = await self._process.wait()
-            if self._copying is not None:
-                # A descendant that outlives it still holds the pipe; nothing waits for that.
-                await asyncio.wait([self._copying], timeout=_LAST_LINES_S)
-                self._copying.cancel()
+            code = await self._end_of(current)
+            if code is None:
+                continue
+            if not self._is_stopping and self._wanted.is_set():
+                backoff_s = _BACKOFF_FIRST_S if time.monotonic() - started > _HEALTHY_S else backoff_s
+                _log.warning("%s %s; starting it again in %g s", self.name, _how(code), backoff_s)
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, _BACKOFF_LAST_S)
+            await self._wanted.wait()
             if self._is_stopping:
                 return
-            backoff_s = _BACKOFF_FIRST_S if time.monotonic() - started > _HEALTHY_S else backoff_s
-            _log.warning("%s %s; starting it again in %g s", self.name, _how(code), backoff_s)
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, _BACKOFF_LAST_S)
-            if not self._is_stopping:
+            if self._current is current:
                 await self.start()
+
+    async def _end_of(self, one: _Process) -> int | None:
+        """The exit code of a process, or None once another has replaced it."""
+        self._replaced.clear()
+        ending = asyncio.ensure_future(one.wait())
+        replaced = asyncio.ensure_future(self._replaced.wait())
+        try:
+            await asyncio.wait({ending, replaced}, return_when=asyncio.FIRST_COMPLETED)
+            if one is not self._current:
+                return None
+            code = await ending
+            # Replaced at its end: who replaces it has not noted it yet.
+            async with self._replacing:
+                return code if one is self._current else None
+        finally:
+            ending.cancel()
+            replaced.cancel()
+
+    async def replace(self, *flags: str, serves: Callable[[int], Awaitable[bool]], timeout_s: float) -> int:
+        """Have a successor, started with further flags, take the work over; its process id.
+
+        serves: whether the process with this id does the work now. The one before is left to end by itself.
+        Raises StartError if the successor does not serve; then the one before goes on.
+        """
+        async with self._replacing:
+            self._successor = successor = await self._spawn(*flags)
+            try:
+                await self._until(successor, lambda: serves(successor.process.pid), timeout_s)
+            except BaseException:
+                successor.signal(signal.SIGKILL)
+                await successor.wait()
+                raise
+            finally:
+                self._successor = None
+            before, self._current = self._current, successor
+        if before is not None and before.is_alive:
+            self._retiring[before] = asyncio.create_task(self._retire(before), name=f"{self.name} before")
+        self._replaced.set()
+        return successor.process.pid
+
+    async def _retire(self, one: _Process) -> None:
+        code = await one.wait()
+        _log.info("the %s that was replaced %s", self.name, _how(code))
+        self._retiring.pop(one, None)
+
+    async def hold(self, timeout_s: float) -> None:
+        """Have it end, SIGTERM first, and not start again before `release`."""
+        self._wanted.clear()
+        if self._current is not None:
+            await self._end(self._current, timeout_s, asyncio.Event())
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is down because it is to be."""
+        return not self._wanted.is_set()
+
+    async def release(self, timeout_s: float) -> None:
+        """Have a held one start again and wait until it serves. Raises StartError if it does not."""
+        before = self._current
+        self._wanted.set()
+        until = time.monotonic() + timeout_s
+        while self._current is before:
+            if time.monotonic() > until:
+                raise StartError(f"{self.name} was not started again.")
+            await asyncio.sleep(0.01)
+        await self.wait_ready(until - time.monotonic())
 
     async def stop(self, timeout_s: float, hurry: asyncio.Event) -> None:
         """SIGTERM, and SIGKILL after timeout_s. Once `hurry` is set, a second SIGTERM and at most two seconds more."""
         self._is_stopping = True
-        if self.pid is None or self._process is None:
-            return
-        self._signal(signal.SIGTERM)
-        ended = asyncio.ensure_future(self._process.wait())
+        self._wanted.set()
+        await asyncio.gather(*(self._end(one, timeout_s, hurry) for one in self._alive()))
+        await asyncio.gather(*self._retiring.values())
+
+    async def _end(self, one: _Process, timeout_s: float, hurry: asyncio.Event) -> None:
+        one.signal(signal.SIGTERM)
+        ended = asyncio.ensure_future(one.process.wait())
         hurried = asyncio.ensure_future(hurry.wait())
         try:
             await asyncio.wait({ended, hurried}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if not ended.done() and hurry.is_set():
-                self._signal(signal.SIGTERM)
+                one.signal(signal.SIGTERM)
                 await asyncio.wait({ended}, timeout=2.0)
             if not ended.done():
                 _log.warning("%s did not stop in time and is killed", self.name)
-                self._signal(signal.SIGKILL)
+                one.signal(signal.SIGKILL)
             await ended
         finally:
             hurried.cancel()
-
-    def _signal(self, number: signal.Signals) -> None:
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
 
     def _last_words(self) -> str:
         if self._log is None or not self._log.tail:

@@ -73,6 +73,20 @@ def parser() -> argparse.ArgumentParser:
     templates.add_parser("list", help="what sandboxes can start from")
     templates.add_parser("build", help="build what is missing; `serve` does it too")
 
+    plane = commands.add_parser("plane", help="look at the public listener, replace it, stop it").add_subparsers(
+        dest="action", metavar="action", required=True
+    )
+    for action, meaning in (
+        (
+            "routes",
+            "the sandboxes it leads to: slug, id, state, address, requests in flight, ports (* is private)",
+        ),
+        ("conns", "its connections, and the clients and sandboxes with most of them"),
+    ):
+        plane.add_parser(action, help=meaning).add_argument("--json", action="store_true", help="as JSON lines")
+    plane.add_parser("restart", help="replace it by a fresh process, without a failed request")
+    plane.add_parser("drain", help="accept no more connections, end those that are open, stay down until a restart")
+
     commands.add_parser("version", help="print the version")
     return top
 

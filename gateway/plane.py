@@ -21,6 +21,7 @@ def plane_argv(settings: Settings) -> list[str | Path]:
         *("--api-socket", settings.api_socket),
         *("--control-socket", settings.plane_socket),
         *("--domain", settings.domain),
+        *("--drain-timeout-s", str(settings.drain_timeout_s)),
     ]
     if settings.tls_listen:
         argv += ["--tls-listen", settings.tls_listen, "--tls-dir", settings.tls_dir]

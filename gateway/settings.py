@@ -147,9 +147,9 @@ class Settings:
     )
     plane_wake_waiting_max: Annotated[int, Row("Requests that wait for one sandbox to wake up.", least=0)] = 256
     plane_wake_timeout_s: Annotated[float, Row("Time a request waits for its sandbox to wake up.", least=0.25)] = 30.0
-    plane_drain_timeout_s: Annotated[
-        float, Row("Time requests get to end in a plane that has been replaced.", least=0)
-    ] = 30.0
+    plane_hand_over_timeout_s: Annotated[
+        float, Row("Time open WebSockets and requests get to end in a plane that has been replaced.", least=0)
+    ] = 3600.0
 
     driver: Annotated[
         str, Row("What runs machines; `fake` starts none and is for tests.", choices=("gvisor", "fake"))
@@ -218,6 +218,10 @@ class Settings:
     @property
     def plane_socket(self) -> Path:
         return self.run_dir / "plane.sock"
+
+    @property
+    def orders_socket(self) -> Path:
+        return self.run_dir / "super.sock"
 
     @property
     def lmdb_dir(self) -> Path:

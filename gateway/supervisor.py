@@ -21,11 +21,13 @@ from typing import Any
 
 from gateway.children import Child, LogFile, StartError, adopt_orphans, dying_with, kill_orphans, reap_orphans
 from gateway.first_run import Credentials, missing_templates, prepare
+from gateway.orders import Order, taking_orders
 from gateway.plane import plane_argv
 from gateway.preflight import check_ports, instance_lock
 from gateway.probes import status_of
 from gateway.settings import Settings, make_private_dir, split_address
 from native import BinaryMissing
+from previews.plane import serving_pid
 from vmm.client import HostClient
 from vmm.errors import VmmError
 
@@ -33,6 +35,9 @@ _log = logging.getLogger(__name__)
 
 #: Ended children of descendants are collected by SIGCHLD, and this often in case one hid behind another.
 _REAP_EVERY_S = 0.5
+
+#: What has drained for as long as it may ends by itself; this much later it is killed.
+_LAST_WORDS_S = 1.0
 
 #: hostd needs a while to end hundreds of machines.
 _HOSTD_STOP_S = 60.0
@@ -72,8 +77,9 @@ class Supervisor:
                     if await self._unless_stopped(self._start_children()):
                         keepers = [asyncio.create_task(child.keep_running()) for child in self._children]
                     if keepers and await self._unless_stopped(self._answers()):
-                        self._announce(credentials, time.monotonic() - began)
-                        await self._stop.wait()
+                        async with taking_orders(settings.orders_socket, self._orders()):
+                            self._announce(credentials, time.monotonic() - began)
+                            await self._stop.wait()
             finally:
                 await self._shut_down(keepers)
 
@@ -132,7 +138,7 @@ class Supervisor:
             self._stop.set()
 
     def _reap(self) -> None:
-        reap_orphans({child.pid for child in self._children if child.pid is not None})
+        reap_orphans({pid for child in self._children for pid in child.pids})
 
     async def _start_children(self) -> None:
         """Start all children at once and wait until each serves."""
@@ -178,6 +184,28 @@ class Supervisor:
             self._child("plane", plane, environ, plane_is_ready, lock),
         ]
 
+    def _orders(self) -> dict[str, Order]:
+        plane = next(child for child in self._children if child.name == "plane")
+        one_at_a_time = asyncio.Lock()
+
+        async def serves(pid: int) -> bool:
+            return await serving_pid(str(self._settings.plane_socket)) == pid
+
+        async def restart() -> dict[str, Any]:
+            async with one_at_a_time:
+                if plane.is_held:
+                    await plane.release(self._settings.ready_timeout_s)
+                else:
+                    await plane.replace("--take-over", serves=serves, timeout_s=self._settings.ready_timeout_s)
+                return {"pid": plane.pid}
+
+        async def drain() -> dict[str, Any]:
+            async with one_at_a_time:
+                await plane.hold(self._settings.drain_timeout_s + _LAST_WORDS_S)
+                return {}
+
+        return {"restart plane": restart, "drain plane": drain}
+
     def _child(
         self,
         name: str,
@@ -200,7 +228,8 @@ class Supervisor:
     async def _shut_down(self, keepers: list[asyncio.Task[None]]) -> None:
         reaper = asyncio.create_task(self._reap_often())
         settings = self._settings
-        times_s = {"plane": settings.drain_timeout_s, "api": settings.drain_timeout_s + 1, "hostd": _HOSTD_STOP_S}
+        drain_s = settings.drain_timeout_s + _LAST_WORDS_S
+        times_s = {"plane": drain_s, "api": drain_s, "hostd": _HOSTD_STOP_S}
         for child in reversed(self._children):
             if child.name == "hostd" and keepers:
                 await self._until_back(child)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 _LINE_BYTES_MAX = 1024 * 1024
 #: Pause before another attempt to connect: doubled from the first to the last.
 _RETRY_FIRST_S, _RETRY_LAST_S = 0.02, 1.0
+#: For the first line of a plane that is asked who it is.
+_HELLO_WITHIN_S = 1.0
 #: Unacknowledged records kept for the next connection; with more, a full sync is cheaper.
 _UNACKED_MAX = 10_000
 #: Records of a sync written between two looks at the peer's pace.
@@ -139,9 +141,27 @@ class PlaneClient:
 
     async def stats(self) -> PlaneStats:
         """Figures of the plane. Raises PlaneError."""
-        n, answer = self._expect()
-        answered = await self._ask(n, answer, _line({"t": "stats", "n": n}))
+        answered = await self._query({"t": "stats"})
         return PlaneStats(answered["connections"], answered["requests"], answered["sandboxes"])
+
+    async def routes(self) -> AsyncIterator[dict[str, Any]]:
+        """The plane's table, one sandbox after the other (docs/protocol.md). Raises PlaneError."""
+        after = None
+        while True:
+            page = await self._query({"t": "routes", "after": after})
+            for route in page["routes"]:
+                yield route
+            after = page["next"]
+            if after is None:
+                return
+
+    async def connections(self) -> dict[str, Any]:
+        """Who uses the plane now (docs/protocol.md). Raises PlaneError."""
+        return await self._query({"t": "connections"})
+
+    async def _query(self, message: dict[str, Any]) -> dict[str, Any]:
+        n, answer = self._expect()
+        return await self._ask(n, answer, _line({**message, "n": n}))
 
     async def sync(self, snapshot_provider: Callable[[], Awaitable[Snapshot]]) -> None:
         """Replace the plane's table by what the provider says. Raises PlaneError if the connection does not last.
@@ -259,7 +279,7 @@ class PlaneClient:
 
     def _hear(self, message: dict[str, Any]) -> None:
         match message["t"]:
-            case "ack" | "stats" | "error":
+            case "ack" | "stats" | "routes" | "connections" | "error":
                 answer = self._answers.get(message.get("n") or 0)
                 if answer is not None and not answer.done():
                     answer.set_result(message)
@@ -271,6 +291,20 @@ class PlaneClient:
                 self._on_activity(message["ids"])
             case "wake":
                 self._on_wake(message["id"])
+
+
+async def serving_pid(socket_path: str) -> int | None:
+    """The process that serves a control socket; None if none does."""
+    try:
+        async with asyncio.timeout(_HELLO_WITHIN_S):
+            reader, writer = await asyncio.open_unix_connection(socket_path)
+            try:
+                hello = orjson.loads(await reader.readline() or b"{}")
+            finally:
+                writer.close()
+    except (TimeoutError, OSError, ValueError):
+        return None
+    return hello.get("pid") if isinstance(hello, dict) else None
 
 
 def _line(message: dict[str, Any]) -> bytes:

@@ -89,7 +89,8 @@ async def test_the_socket_is_ours_alone(plane: Plane) -> None:
 
 async def test_hello_tells_version_epoch_and_size(plane: Plane) -> None:
     async with wire(plane) as first:
-        assert first.hello == {"t": "hello", "version": 1, "epoch": first.hello["epoch"], "sandboxes": 0}
+        pid = plane.process.pid
+        assert first.hello == {"t": "hello", "version": 1, "epoch": first.hello["epoch"], "pid": pid, "sandboxes": 0}
         assert await first.ask(sandbox("a", 1)) == {"t": "ack", "n": 7}
     async with wire(plane) as second:
         assert second.hello == {**first.hello, "sandboxes": 1}

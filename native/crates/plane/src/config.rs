@@ -121,6 +121,9 @@ pub struct Limits {
     /// An idle connection to an upstream is kept; below the 5 s after which common servers close theirs.
     #[arg(long, default_value_t = 4.0)]
     pub upstream_idle_timeout_s: f64,
+    /// For connections to end by themselves after a successor has taken over.
+    #[arg(long, default_value_t = 3600.0)]
+    pub hand_over_timeout_s: f64,
     /// For requests in flight to finish after SIGTERM.
     #[arg(long, default_value_t = 30.0)]
     pub drain_timeout_s: f64,

@@ -18,9 +18,10 @@ use crate::handover::{self, Group};
 use crate::journal::{Follower, Journal};
 use crate::message::{self, Body, Message};
 use crate::metrics::Metrics;
+use crate::operator;
 use crate::table::{Seen, TOMBSTONE_S, Table};
 use crate::wake;
-use crate::worker::{Drain, wall_clock_s};
+use crate::worker::{Census, Drain, Shared, wall_clock_s};
 
 /// Longest line, either way.
 const LINE_BYTES_MAX: usize = 1024 * 1024;
@@ -35,6 +36,7 @@ const FOLLOW_INTERVAL: Duration = Duration::from_millis(100);
 pub struct Control {
     table: Arc<Table>,
     metrics: Arc<Metrics>,
+    census: Arc<Census>,
     journal: RefCell<Journal>,
     epoch: String,
     paths: Paths,
@@ -80,23 +82,23 @@ fn now_s() -> u64 {
 impl Control {
     /// State for a table that `journal` has been read into.
     pub fn new(
-        table: Arc<Table>,
+        shared: &Shared,
         metrics: Arc<Metrics>,
         journal: Journal,
         epoch: String,
         paths: Paths,
         drain: watch::Sender<Drain>,
-        knocks: UnboundedSender<Box<str>>,
     ) -> Rc<Self> {
         Rc::new(Self {
-            table,
+            table: Arc::clone(&shared.table),
             metrics,
+            census: Arc::clone(&shared.census),
             journal: RefCell::new(journal),
             epoch,
             paths,
             listeners: RefCell::default(),
             drain,
-            knocks,
+            knocks: shared.knocks.clone(),
             is_suspended: watch::Sender::new(false),
             is_listening: watch::Sender::new(true),
             outboxes: RefCell::default(),
@@ -196,7 +198,8 @@ impl Control {
         let connection = self.next_connection.get();
         self.next_connection.set(connection + 1);
         let (lines, mut outgoing) = mpsc::channel::<String>(OUTBOX_LINES_MAX);
-        let hello = json!({"t": "hello", "version": 1, "epoch": self.epoch, "sandboxes": self.table.sandboxes()});
+        let hello = json!({"t": "hello", "version": 1, "epoch": self.epoch, "pid": std::process::id(),
+            "sandboxes": self.table.sandboxes()});
         let (reader, mut writer) = stream.into_split();
         self.outboxes.borrow_mut().push(Outbox { connection, lines: lines.clone() });
         let mut reader = BufReader::with_capacity(64 * 1024, reader);
@@ -324,6 +327,16 @@ impl Control {
                     let _ = self.knocks.send(id.into());
                 }
             }
+            Body::Routes { after } => {
+                self.is_no_api(connection);
+                let page = operator::routes(&self.table, after.as_deref());
+                return Ok(Outcome::Answer(answer("routes", n.as_ref(), page)));
+            }
+            Body::Connections => {
+                self.is_no_api(connection);
+                let found = operator::connections(&self.table, &self.metrics, &self.census);
+                return Ok(Outcome::Answer(answer("connections", n.as_ref(), found)));
+            }
             Body::Stats => {
                 let stats = json!({"t": "stats", "n": n, "connections": self.metrics.connections(),
                     "requests": self.metrics.requests(), "sandboxes": self.table.sandboxes()});
@@ -375,6 +388,12 @@ impl Control {
             let _ = outbox.lines.try_send(line.to_owned());
         }
     }
+}
+
+fn answer(kind: &str, n: Option<&Value>, mut body: Value) -> String {
+    body["t"] = kind.into();
+    body["n"] = n.cloned().unwrap_or_default();
+    body.to_string()
 }
 
 fn refusal(n: Option<&Value>, reason: &str) -> String {

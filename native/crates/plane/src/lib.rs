@@ -31,6 +31,7 @@ pub mod log;
 pub mod message;
 pub mod metrics;
 pub mod net;
+pub mod operator;
 pub mod policy;
 pub mod pool;
 pub mod prepare;

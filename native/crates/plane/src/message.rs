@@ -79,6 +79,13 @@ pub enum Body {
     },
     /// Asks for figures.
     Stats,
+    /// An operator asks for a page of the table.
+    Routes {
+        /// The `next` of the page before.
+        after: Option<String>,
+    },
+    /// An operator asks who uses the plane.
+    Connections,
     /// A successor asks for the listeners.
     HandOver,
 }
@@ -253,7 +260,12 @@ pub fn apply(body: Body, line: &str, table: &Table, sync: &mut Option<Seen>, now
             Some(seen) => table.retain(v, &seen, now),
             None => return Err("sync_end without sync_begin".into()),
         },
-        Body::Poke { .. } | Body::Wake { .. } | Body::Stats | Body::HandOver => return Ok(false),
+        Body::Poke { .. }
+        | Body::Wake { .. }
+        | Body::Stats
+        | Body::Routes { .. }
+        | Body::Connections
+        | Body::HandOver => return Ok(false),
     }
     Ok(true)
 }

@@ -125,6 +125,16 @@ impl Metrics {
         self.sum(|worker| &worker.connections)
     }
 
+    /// Upgraded connections open.
+    pub fn tunnels(&self) -> u64 {
+        self.sum(|worker| &worker.tunnels)
+    }
+
+    /// Requests that wait for a sandbox to wake up.
+    pub fn waiting(&self) -> u64 {
+        self.sum(|worker| &worker.waiting)
+    }
+
     /// Requests answered.
     pub fn requests(&self) -> u64 {
         self.workers.iter().flat_map(|worker| worker.requests.iter().flatten()).map(Count::get).sum()
@@ -170,7 +180,7 @@ impl Metrics {
         one("tls_handshakes_total", "counter", "TLS connections established.", self.sum(|w| &w.tls_handshakes));
         one("tls_failures_total", "counter", "TLS connections that failed before.", self.sum(|w| &w.tls_failures));
         one("http2_connections_total", "counter", "Connections by HTTP/2.", self.sum(|w| &w.http2_connections));
-        one("tunnels", "gauge", "Upgraded connections open.", self.sum(|w| &w.tunnels));
+        one("tunnels", "gauge", "Upgraded connections open.", self.tunnels());
         one("upload_bytes_total", "counter", "Body bytes from clients to upstreams.", self.sum(|w| &w.bytes_up));
         one("download_bytes_total", "counter", "Body bytes from upstreams to clients.", self.sum(|w| &w.bytes_down));
         one("upstream_connects_total", "counter", "Connections to upstreams opened.", self.sum(|w| &w.connects));
@@ -182,7 +192,7 @@ impl Metrics {
         );
         one("revoked_total", "counter", "Connections ended because access was revoked.", self.sum(|w| &w.revoked));
         one("wakes_total", "counter", "Wakes asked for.", self.sum(|w| &w.wakes));
-        one("waiting", "gauge", "Requests that wait for a sandbox to wake up.", self.sum(|w| &w.waiting));
+        one("waiting", "gauge", "Requests that wait for a sandbox to wake up.", self.waiting());
         one("sandboxes", "gauge", "Sandboxes in the route table.", table.sandboxes() as u64);
         one("table_generation", "counter", "Changes of the route table.", table.generation());
         out

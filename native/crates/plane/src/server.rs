@@ -59,7 +59,7 @@ pub fn run(config: Config) -> io::Result<()> {
         table: Arc::clone(&table),
         census: Arc::default(),
         drain,
-        knocks: knocks.clone(),
+        knocks,
         api_policy: api_policy(&config)?,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -84,15 +84,7 @@ pub fn run(config: Config) -> io::Result<()> {
             tokio::task::spawn_local(renew(certificates, signal(SignalKind::hangup())?));
         }
         let paths = Paths { socket: config.control_socket.clone(), routes: config.routes_path() };
-        let control = Control::new(
-            Arc::clone(&table),
-            Arc::clone(&metrics),
-            journal,
-            epoch(),
-            paths,
-            begin_drain.clone(),
-            knocks,
-        );
+        let control = Control::new(&shared, Arc::clone(&metrics), journal, epoch(), paths, begin_drain.clone());
         control.offer(offer);
         tokio::task::spawn_local(Rc::clone(&control).serve(control_listener));
         tokio::task::spawn_local(Rc::clone(&control).housekeeping());

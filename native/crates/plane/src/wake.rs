@@ -65,8 +65,8 @@ impl Wake {
     }
 
     /// Requests that wait now.
-    fn is_awaited(&self) -> bool {
-        self.waiting.load(Ordering::SeqCst) > 0
+    pub fn waiting(&self) -> u32 {
+        self.waiting.load(Ordering::SeqCst)
     }
 }
 
@@ -139,12 +139,12 @@ pub async fn serve(
 fn is_wanted(table: &Table, id: &str, one: &Asked, now: Instant, patience: Duration) -> bool {
     let Some(sandbox) = table.get(id) else { return false };
     let wake = &sandbox.wake;
-    if wake.is_asleep() && (wake.is_awaited() || now < one.first + patience) {
+    if wake.is_asleep() && (wake.waiting() > 0 || now < one.first + patience) {
         return true;
     }
     wake.is_asked.store(false, Ordering::SeqCst);
     // One that came between the two looks has not knocked.
-    wake.is_asleep() && wake.is_awaited() && wake.ask()
+    wake.is_asleep() && wake.waiting() > 0 && wake.ask()
 }
 
 /// The message that asks for a wake.

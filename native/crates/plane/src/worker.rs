@@ -51,6 +51,12 @@ pub struct Seat {
 }
 
 impl Census {
+    /// Every client's address and the number of its connections.
+    pub fn clients(&self) -> Vec<(IpAddr, usize)> {
+        let by_client = self.by_client.lock().unwrap_or_else(PoisonError::into_inner);
+        by_client.iter().map(|(&address, &count)| (address, count)).collect()
+    }
+
     /// Counts a connection in; none if that would exceed a limit.
     fn enter(self: &Arc<Self>, client: IpAddr, config: &Config) -> Option<Seat> {
         let seat = Seat { census: Arc::clone(self), client };
@@ -239,12 +245,26 @@ async fn finish(worker: Rc<Worker>, mut drain: watch::Receiver<Drain>) {
     // An error means that the sender is gone: the process is ending without ceremony.
     let _ = drain.wait_for(|drain| *drain != Drain::No).await;
     worker.is_draining.set(true);
-    let deadline = Instant::now() + crate::config::duration(worker.config.limits.drain_timeout_s);
-    while worker.counters.has_connections() && Instant::now() < deadline {
-        tokio::time::sleep(Duration::from_millis(20)).await;
+    let limits = &worker.config.limits;
+    // Read first: what is said from here on ends the wait.
+    let is_handed_over = *drain.borrow_and_update() == Drain::HandedOver;
+    if is_handed_over {
+        tokio::select! {
+            () = last_connection(&worker, limits.hand_over_timeout_s) => {}
+            _ = drain.wait_for(|drain| *drain == Drain::Stop) => last_connection(&worker, limits.drain_timeout_s).await,
+        }
+    } else {
+        last_connection(&worker, limits.drain_timeout_s).await;
     }
     if let Some(log) = &worker.access_log {
         log.borrow_mut().flush();
+    }
+}
+
+async fn last_connection(worker: &Worker, timeout_s: f64) {
+    let deadline = Instant::now() + duration(timeout_s);
+    while worker.counters.has_connections() && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
