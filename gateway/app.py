@@ -29,6 +29,7 @@ from gateway.idempotency import IdempotencyStore
 from gateway.limits import Budget, Limits
 from gateway.observability import logs, metrics
 from gateway.phases import Phases, Terms
+from gateway.publisher import EventPublisher, Frames
 from gateway.reconciler import Reconciler
 from gateway.settings import Settings, load
 from gateway.store import Database, open_database
@@ -58,7 +59,10 @@ async def open_worker(settings: Settings) -> AsyncGenerator[Parts, None]:
     """Everything one worker needs, connected."""
     metrics.forget_dead_workers()
     async with contextlib.AsyncExitStack() as stack:
-        engine, plane, activity, wakes = await stack.enter_async_context(_connect(settings))
+        dialect = MiosaDialect()
+        engine, plane, activity, wakes, publisher = await stack.enter_async_context(
+            _connect(settings, {dialect.name: dialect.event_frame})
+        )
         context = engine.context
         limits = stack.enter_context(contextlib.closing(Limits(settings.lmdb_dir / "limits")))
         idempotency = IdempotencyStore(
@@ -88,11 +92,12 @@ async def open_worker(settings: Settings) -> AsyncGenerator[Parts, None]:
             "plane": partial(_plane_listens, plane),
         }
         yield Parts(
-            entry=_entry(settings, phases, checks),
+            entry=_entry(settings, dialect, phases, checks),
             background={
                 "activity": activity.run,
                 "watcher": HostWatcher(engine).run,
                 "wakes": wakes.run,
+                "publisher": publisher.run,
                 "reconciler": Reconciler(engine).run,
                 "flush": lambda: every(_FLUSH_EVERY_S, [authenticator.flush]),
                 "sweep": lambda: every(_SWEEP_EVERY_S, [limits.sweep, undelivered.sweep]),
@@ -103,15 +108,20 @@ async def open_worker(settings: Settings) -> AsyncGenerator[Parts, None]:
 @contextlib.asynccontextmanager
 async def open_engine(settings: Settings) -> AsyncGenerator[Engine, None]:
     """The engine without a server; the plane, if it runs, hears of what is changed."""
-    async with _connect(settings) as (engine, plane, *_):
+    async with _connect(settings, {}) as (engine, plane, *_):
         with contextlib.suppress(PlaneError):
             await plane.wait_connected(_CHECK_WITHIN_S)
         yield engine
 
 
 @contextlib.asynccontextmanager
-async def _connect(settings: Settings) -> AsyncGenerator[tuple[Engine, PlaneClient, ActivityRelay, WakeRelay], None]:
-    """The engine with its connections; those to hostd and the plane are made when their ends are there."""
+async def _connect(
+    settings: Settings, frames: Frames
+) -> AsyncGenerator[tuple[Engine, PlaneClient, ActivityRelay, WakeRelay, EventPublisher], None]:
+    """The engine with its connections; those to hostd and the plane are made when their ends are there.
+
+    frames: for the event log's publisher; without any, others publish it.
+    """
     async with contextlib.AsyncExitStack() as stack:
         database = open_database(settings.effective_database_url)
         stack.push_async_callback(database.close)
@@ -125,20 +135,30 @@ async def _connect(settings: Settings) -> AsyncGenerator[tuple[Engine, PlaneClie
             await plane.sync(routes.snapshot)
 
         wakes = WakeRelay(wake)
+
+        def tail(after: int | None) -> None:
+            publisher.on_tail(after)
+
+        def relieved() -> None:
+            publisher.on_relieved()
+
         # What the plane says needs what needs the plane; it says nothing before it is entered.
         plane = PlaneClient(
             str(settings.plane_socket),
             on_poke=lambda _topic, _seq: events.wake(),
             on_activity=activity.note,
             on_wake=wakes.note,
+            on_tail=tail if frames else None,
+            on_relieved=relieved,
             on_new_epoch=sync,
         )
         routes = PlaneRoutes(database, plane)
         events = EventLog(database, routes.poke)
+        publisher = EventPublisher(database, events, plane, frames)
         engine = Engine(Context(database, host, routes, events, settings))
         await stack.enter_async_context(plane)
         stack.push_async_callback(engine.close)
-        yield engine, plane, activity, wakes
+        yield engine, plane, activity, wakes, publisher
 
 
 def _terms(settings: Settings) -> Terms:
@@ -151,8 +171,7 @@ def _terms(settings: Settings) -> Terms:
     )
 
 
-def _entry(settings: Settings, phases: Phases, checks: Checks) -> ASGIApp:
-    dialect = MiosaDialect()
+def _entry(settings: Settings, dialect: MiosaDialect, phases: Phases, checks: Checks) -> ASGIApp:
     return Entry(
         [Mounted(dialect, dialect.prefix, make_routes(phases, dialect))],
         own={"/healthz": healthz, "/readyz": readyz(checks), "/metrics": metrics_page},

@@ -1,8 +1,9 @@
-"""The event log: who appends to it, and how followers learn that it has grown.
+"""The event log: who appends to it, and how who waits for it learns that it has grown.
 
 An event is written in the transaction of the change it tells about, so neither exists without the other. Whoever
-appends wakes the followers of its own process and pokes the other processes through the plane; since a poke may be
-lost, every follower also looks by itself once a second. A follower reads at its own pace: a slow one holds up nobody.
+appends wakes those who wait in its own process and pokes the other processes through the plane; since a poke may be
+lost, everybody also looks by itself once a second. Clients read the backlog here; what comes after it they get from the
+plane, to which one worker publishes the log (gateway/publisher.py).
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import asyncio
 import fnmatch
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,7 +21,7 @@ from gateway.resources import Event, Sandbox, Snapshot
 from gateway.store import Database
 from gateway.store import events as rows
 
-#: A follower looks for new events this often even when nobody wakes it.
+#: Who waits looks for new events this often even when nobody wakes it.
 POLL_S = 1.0
 
 _PAGE = 100
@@ -69,12 +69,12 @@ class EventLog:
         self._grown = asyncio.Event()
 
     def announce(self) -> None:
-        """Call after a transaction that appended: wakes followers here and elsewhere."""
+        """Call after a transaction that appended: wakes who waits here and elsewhere."""
         self.wake()
         self._poke()
 
     def wake(self) -> None:
-        """Wake the followers of this process."""
+        """Wake who waits in this process."""
         grown, self._grown = self._grown, asyncio.Event()
         grown.set()
 
@@ -90,7 +90,7 @@ class EventLog:
         except TimeoutError:
             pass  # time to look without having been woken
 
-    async def follow(
+    async def backlog(
         self,
         workspace_id: str,
         *,
@@ -98,27 +98,57 @@ class EventLog:
         types: Sequence[str] = (),
         resource_type: str | None = None,
         resource_id: str | None = None,
-    ) -> AsyncGenerator[Event, None]:
-        """A workspace's events after the cursor (None: from now on), then each that comes.
+    ) -> Backlog:
+        """A workspace's events after the cursor (None: none) that are in the log already.
 
         types: shell-style patterns such as "sandbox.*", one of which must match; none means all.
         """
-        cursor = await self._database.lookup(rows.last_seq) if after_seq is None else after_seq
         selection = rows.Selection(workspace_id, resource_type, resource_id)
-        return self._follow(cursor, selection, _matcher(types))
+        if after_seq is not None:
+            return Backlog(self._database, selection, _matcher(types), after_seq)
+        last = await self._database.lookup(rows.last_seq)
+        return Backlog(self._database, selection, _matcher(types), last, is_over=True)
 
-    async def _follow(
-        self, cursor: int, selection: rows.Selection, is_wanted: Callable[[str], object]
-    ) -> AsyncGenerator[Event, None]:
-        while True:
-            mark = self.mark()
-            page = await self._database.lookup(partial(rows.after, seq=cursor, selection=selection, limit=_PAGE))
-            for event in page:
-                cursor = event.seq
-                if is_wanted(event.type):
-                    yield event
-            if not page:
-                await self.wait(mark)
+
+class Backlog:
+    """Iterates over pages of events, as they are read. When it has ended, `cursor` tells up to where the log was."""
+
+    def __init__(
+        self,
+        database: Database,
+        selection: rows.Selection,
+        is_wanted: Callable[[str], object],
+        cursor: int,
+        *,
+        is_over: bool = False,
+    ) -> None:
+        self._database = database
+        self._selection = selection
+        self._is_wanted = is_wanted
+        self._is_over = is_over
+        self.cursor = cursor
+
+    def __aiter__(self) -> AsyncIterator[list[Event]]:
+        return self
+
+    async def __anext__(self) -> list[Event]:
+        if self._is_over:
+            raise StopAsyncIteration
+        last, page = await self._database.lookup(self._read)
+        self._is_over = len(page) < _PAGE
+        # What the log has beyond the last page is nobody's of this selection: it need not be looked at again.
+        self.cursor = max(self.cursor, page[-1].seq if page else 0, last if self._is_over else 0)
+        return [event for event in page if self._is_wanted(event.type)]
+
+    def _read(self, connection: sa.Connection) -> tuple[int, list[Event]]:
+        # In this order: an event that is committed in between is in the page, or after `last`.
+        last = rows.last_seq(connection)
+        return last, rows.after(connection, seq=self.cursor, selection=self._selection, limit=_PAGE)
+
+
+def topic_of(dialect: str, workspace_id: str) -> str:
+    """Under which name the plane knows a workspace's events in the words of one dialect."""
+    return f"{dialect}/{workspace_id}"
 
 
 def _matcher(patterns: Sequence[str]) -> Callable[[str], object]:

@@ -21,6 +21,7 @@ import orjson
 
 from previews.errors import PlaneError
 from previews.routes import KeyRoute, SandboxRoute, Snapshot
+from previews.streams import PublishedEvent
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class PlaneClient:
     on_activity: called with the ids of sandboxes that had preview traffic; only one of all connections is told.
     on_wake: called with the id of a frozen or hibernated sandbox that somebody wants to use: push its route when it
         runs. Called again, on one connection or another, while requests wait and the route says that it sleeps.
+    on_tail: called with a position in the event log: publish what comes after it from now on (None: the latest, and
+        what comes), until it is called again or on_relieved is. Without it, others are asked.
     on_new_epoch: awaited when the plane may have missed something; should call `sync`. Called again until it succeeds.
     push_timeout_s: how long a push waits for its acknowledgement.
     Use as an async context manager; connecting goes on in the background and may take for ever.
@@ -69,6 +72,8 @@ class PlaneClient:
         on_poke: Callable[[str, Any], None] = _ignore,
         on_activity: Callable[[Sequence[str]], None] = _ignore,
         on_wake: Callable[[str], None] = _ignore,
+        on_tail: Callable[[int | None], None] | None = None,
+        on_relieved: Callable[[], None] = _ignore,
         on_new_epoch: Callable[[], Awaitable[None]] | None = None,
         push_timeout_s: float = 2.0,
     ) -> None:
@@ -76,6 +81,8 @@ class PlaneClient:
         self._on_poke = on_poke
         self._on_activity = on_activity
         self._on_wake = on_wake
+        self._on_tail = on_tail
+        self._on_relieved = on_relieved
         self._on_new_epoch = on_new_epoch
         self._push_timeout_s = push_timeout_s
         self._writer: asyncio.StreamWriter | None = None
@@ -138,6 +145,22 @@ class PlaneClient:
         """Tell the other API workers of news. Without a connection nobody is told: they look by themselves later."""
         if self._writer is not None:
             self._writer.write(_line({"t": "poke", "topic": topic, "seq": seq}))
+
+    async def publish(self, after: int, through: int, events: Sequence[PublishedEvent], *, is_start: bool) -> None:
+        """Have the events in (after, through] sent to who follows their topics; they must be all of the log's.
+
+        is_start: it does not continue where the plane asked. One call at a time; it waits for a plane that takes
+        nothing. Raises PlaneError when there is no connection: the plane asks again then.
+        """
+        writer = self._writer
+        if writer is None:
+            raise _unavailable()
+        message = {"t": "publish", "after": after, "through": through, "start": is_start, "events": events}
+        try:
+            writer.write(_line(message))
+            await writer.drain()
+        except OSError as error:
+            raise _unavailable() from error
 
     async def stats(self) -> PlaneStats:
         """Figures of the plane. Raises PlaneError."""
@@ -254,6 +277,8 @@ class PlaneClient:
             raise ValueError("the plane speaks another version of the protocol")
         self._writer = writer
         writer.writelines(line for _, line in self._unacked.values())
+        if self._on_tail is not None:
+            writer.write(_line({"t": "volunteer"}))
         self._connected.set()
         renewal = asyncio.create_task(self._renew(hello["epoch"]), name="plane sync")
         try:
@@ -291,6 +316,11 @@ class PlaneClient:
                 self._on_activity(message["ids"])
             case "wake":
                 self._on_wake(message["id"])
+            case "tail":
+                if self._on_tail is not None:
+                    self._on_tail(message["after"])
+            case "relieved":
+                self._on_relieved()
 
 
 async def serving_pid(socket_path: str) -> int | None:

@@ -7,8 +7,6 @@ there, and whoever leaves the returned iterator early calls its `aclose`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-
 from gateway.commands import StreamEvents
 from gateway.engine.builds import BuildService
 from gateway.engine.context import Context
@@ -27,7 +25,8 @@ from gateway.engine.snapshots import SnapshotService
 from gateway.engine.templates import TemplateService
 from gateway.engine.terminals import TerminalService
 from gateway.engine.tickets import TicketService
-from gateway.resources import Event, Principal
+from gateway.events import Backlog
+from gateway.resources import Principal
 
 
 class Engine:
@@ -135,15 +134,16 @@ class Engine:
         self.create_api_key = keys.create
         self.list_api_keys = keys.list
         self.revoke_api_key = keys.revoke
+        self.key_hash = keys.hash_of
 
     async def close(self) -> None:
         """End what runs beside the requests. The host goes on with what it has been asked for."""
         await self.builds.close()
         await self.snapshots.close()
 
-    async def stream_events(self, principal: Principal, command: StreamEvents) -> AsyncGenerator[Event, None]:
-        """The workspace's events after the cursor, then those that come."""
-        return await self.context.events.follow(
+    async def stream_events(self, principal: Principal, command: StreamEvents) -> Backlog:
+        """The workspace's events after the cursor that have happened; the plane has what comes after them."""
+        return await self.context.events.backlog(
             principal.workspace_id,
             after_seq=command.after_seq,
             types=command.types,

@@ -69,6 +69,14 @@ class KeyService:
         )
         return Page(tuple(items), command.page, command.page_size, total)
 
+    async def hash_of(self, principal: Principal) -> str | None:
+        """The hash of the key behind a caller, by which the plane knows it; None without one."""
+        key_id = principal.key_id
+        if key_id is None:
+            return None
+        state = await self._context.database.lookup(lambda connection: rows.get_state(connection, key_id))
+        return None if state is None else state.hash
+
     async def revoke(self, principal: Principal, command: RevokeApiKey) -> None:
         """End a key. Raises not_found."""
         context = self._context

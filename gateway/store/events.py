@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,14 +60,20 @@ def append(
     )
 
 
-def after(connection: sa.Connection, *, seq: int, selection: Selection, limit: int) -> list[Event]:
-    """The next events after a cursor, oldest first."""
-    statement = sa.select(*_COLUMNS).where(events.c.workspace_id == selection.workspace_id, events.c.seq > seq)
-    if selection.resource_type is not None:
-        statement = statement.where(events.c.resource_type == selection.resource_type)
-    if selection.resource_id is not None:
-        statement = statement.where(events.c.resource_id == selection.resource_id)
+def after(connection: sa.Connection, *, seq: int, selection: Selection | None, limit: int) -> list[Event]:
+    """The next events after a cursor, oldest first. selection None: everybody's."""
+    statement = sa.select(*_COLUMNS).where(events.c.seq > seq)
+    if selection is not None:
+        statement = statement.where(*_terms(selection))
     return [Event(*row) for row in connection.execute(statement.order_by(events.c.seq).limit(limit))]
+
+
+def _terms(selection: Selection) -> Iterator[sa.ColumnElement[bool]]:
+    yield events.c.workspace_id == selection.workspace_id
+    if selection.resource_type is not None:
+        yield events.c.resource_type == selection.resource_type
+    if selection.resource_id is not None:
+        yield events.c.resource_id == selection.resource_id
 
 
 def last_seq(connection: sa.Connection) -> int:

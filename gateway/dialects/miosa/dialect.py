@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 
-from gateway.dialects.miosa import errors
+from gateway.dialects.miosa import errors, events
 from gateway.dialects.miosa.routes import ROUTES, SOCKETS
 from gateway.dialects.miosa.terminals import BEARER_PROTOCOL
 from gateway.errors import GatewayError
 from gateway.pipeline import Credentials, Operation, SocketOperation
+from gateway.resources import Event
 
 PREFIX = "/api/v1"
 
@@ -19,7 +20,7 @@ PREFIX = "/api/v1"
 class MiosaDialect:
     """Routes, credentials and errors of the MIOSA API; paths are relative to `prefix`."""
 
-    name = "miosa"
+    name = events.NAME
     prefix = PREFIX
 
     def __init__(self) -> None:
@@ -39,6 +40,10 @@ class MiosaDialect:
 
     def error_response(self, error: GatewayError, request_id: str, *, status_sent: bool = False) -> Response:
         return errors.error_response(error, request_id, status_sent=status_sent)
+
+    def event_frame(self, event: Event) -> bytes:
+        """An entry of the event log as event streams send it."""
+        return events.frame(event)
 
 
 def _key(connection: HTTPConnection) -> str | None:

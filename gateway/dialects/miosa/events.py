@@ -7,15 +7,18 @@ from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 from msgspec import Meta
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from gateway import commands, resources
 from gateway.dialects.miosa import decode, sse
 from gateway.dialects.miosa.answers import iso_time
 from gateway.dialects.miosa.route import EVENT_STREAM, Route, one
 from gateway.errors import GatewayError
+from gateway.events import topic_of
 from gateway.pipeline import Call
+from previews.streams import HEADER, EventsOrder, cursor_mark
 
+NAME = "miosa"
 SCOPE = "sandboxes:read"
 TICKET_PURPOSE = "events"
 TICKET_TTL_S = 60
@@ -74,19 +77,19 @@ def cursor(call: Call, query: EventsQuery) -> int | None:
 
 
 async def _stream(call: Call, query: EventsQuery, resource_type: str | None, resource_id: str | None) -> Response:
-    command = commands.StreamEvents(
-        cursor(call, query),
-        tuple(kind.strip() for kind in (query.types or "").split(",") if kind.strip()),
-        resource_type,
-        resource_id,
-    )
-    events = await call.engine.stream_events(call.principal, command)
+    types = tuple(kind.strip() for kind in (query.types or "").split(",") if kind.strip())
+    command = commands.StreamEvents(cursor(call, query), types, resource_type, resource_id)
+    backlog = await call.engine.stream_events(call.principal, command)
+    topic = topic_of(NAME, call.principal.workspace_id)
+    order = EventsOrder(topic, types, resource_type, resource_id, await call.engine.key_hash(call.principal))
 
-    async def frames() -> sse.Frames:
-        async for item in events:
-            yield frame(item)
+    async def content() -> sse.Frames:
+        yield sse.OPEN
+        async for page in backlog:
+            yield b"".join(map(frame, page))
+        yield cursor_mark(backlog.cursor)
 
-    return sse.response(call, frames(), source=events)
+    return StreamingResponse(content(), headers={**sse.HEADERS, HEADER: order.header()}, media_type=sse.MEDIA_TYPE)
 
 
 async def stream(call: Call, query: EventsQuery) -> Response:

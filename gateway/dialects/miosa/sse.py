@@ -16,6 +16,10 @@ from gateway.dialects.miosa.errors import describe
 from gateway.errors import GatewayError
 from gateway.pipeline import Call
 
+MEDIA_TYPE = "text/event-stream"
+HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+#: The first bytes, sent at once: without them a client cannot tell a quiet stream from a dead one.
+OPEN = b": open\n\n"
 #: Comment sent when nothing else was, so that proxies and clients keep the connection.
 HEARTBEAT = b": heartbeat\n\n"
 HEARTBEAT_S = 15.0
@@ -40,8 +44,7 @@ class _EventStream(StreamingResponse):
     """Starlette's own would cancel the stream again and again until it has ended, so that it could not clean up."""
 
     def __init__(self, call: Call, frames: Frames, source: Source[Any] | None) -> None:
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        super().__init__(frames, headers=headers, media_type="text/event-stream")
+        super().__init__(frames, headers=HEADERS, media_type=MEDIA_TYPE)
         self._call = call
         self._frames = frames
         self._source = source
@@ -60,8 +63,7 @@ class _EventStream(StreamingResponse):
                 await self._source.aclose()
 
     async def _all_frames(self, leaving: asyncio.Future[None]) -> Frames:
-        # The first bytes go out at once: without them a client cannot tell a quiet stream from a dead one.
-        yield b": open\n\n"
+        yield OPEN
         try:
             async with contextlib.aclosing(paused(self._frames, HEARTBEAT_S, until=leaving)) as items:
                 async for item in items:

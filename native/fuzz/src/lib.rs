@@ -14,12 +14,13 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 8] = [
     Target { name: "request", check: targets::request, seeds: seeds::REQUESTS },
     Target { name: "response", check: targets::response, seeds: seeds::RESPONSES },
     Target { name: "body", check: targets::body, seeds: seeds::BODIES },
     Target { name: "host", check: targets::host, seeds: seeds::HOSTS },
     Target { name: "control", check: targets::control, seeds: seeds::CONTROLS },
     Target { name: "frame", check: targets::frame, seeds: seeds::FRAMES },
+    Target { name: "streams", check: targets::streams, seeds: seeds::STREAMS },
     Target { name: "http2", check: targets::http2, seeds: seeds::REQUESTS },
 ];

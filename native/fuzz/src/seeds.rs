@@ -44,6 +44,13 @@ pub const CONTROLS: &[&[u8]] = &[
     br#"{"t":"poke","topic":"events","seq":7}"#,
 ];
 
+/// Orders and stretches of the event log, one per line.
+pub const STREAMS: &[&[u8]] = &[
+    br#"{"kind":"events","topic":"t","types":["sandbox.*","[!a-c]?[]]"],"resource_type":null,"resource_id":"x","key":null}"#,
+    br#"{"t":"publish","after":3,"through":9,"start":true,"events":[{"seq":5,"topic":"t","type":"sandbox.created","resource_type":"sandbox","resource_id":"x","frame":"id: 5\n\n"}]}"#,
+    b"{\"t\":\"volunteer\"}\n: open\n\n00000000000000000042",
+];
+
 /// Frames, each after a byte that says where they are cut.
 pub const FRAMES: &[&[u8]] = &[
     b"\x05\x02\0\0\0\x02\0\0\0\x01\0\0\0{}",

@@ -9,6 +9,9 @@ use sandgate_plane::compose::{self, HTTPS, Peer, Reply};
 use sandgate_plane::http::body::{Body, Piece};
 use sandgate_plane::http::{Framing, fields, find_end, request as requests, response as responses};
 use sandgate_plane::message::{self, Message};
+use sandgate_plane::streams::backlog::{CURSOR_BYTES, Withheld};
+use sandgate_plane::streams::event::Batch;
+use sandgate_plane::streams::order::{self, Order};
 use sandgate_plane::table::Table;
 
 const HEAD_BYTES_MAX: usize = 65536;
@@ -47,7 +50,14 @@ pub fn response(input: &[u8]) {
     for is_head in [false, true] {
         let mut fields = Vec::new();
         let Ok(parsed) = responses::parse(head, is_head, &mut fields) else { return };
-        let reply = Reply { minor: 1, is_keep_alive: true, is_switch: false, is_unchunked: false, is_preview: true };
+        let reply = Reply {
+            minor: 1,
+            is_keep_alive: true,
+            is_switch: false,
+            is_unchunked: false,
+            is_preview: true,
+            terms: None,
+        };
         let mut sent = Vec::new();
         compose::response(&mut sent, head, &fields, &parsed, reply);
         assert_eq!(find_end(&sent, 0, usize::MAX), Ok(Some(sent.len())), "more or less than one head");
@@ -119,6 +129,44 @@ fn obey(text: &str, table: &Table) {
             // A refusal is an answer.
             let _ = message::apply(message.body, line, table, &mut sync, 1);
         }
+    }
+}
+
+/// An order judges every event, a stretch of the log is in order, and a backlog is passed on whole but for its cursor.
+pub fn streams(input: &[u8]) {
+    let mut selections = Vec::new();
+    let mut events = Vec::new();
+    for line in input.split(|&byte| byte == b'\n') {
+        if let Ok(Order::Events(selection)) = order::read(line) {
+            selections.push(selection);
+        }
+        if let Ok(Message { body: message::Body::Publish { after, through, events: records, .. }, .. }) =
+            serde_json::from_slice(line)
+        {
+            let Some(batch) = Batch::new(after, through, records) else { continue };
+            assert!(batch.events.iter().all(|event| after < event.seq && event.seq <= through));
+            assert!(batch.events.is_sorted_by_key(|event| event.seq));
+            events.extend(batch.events);
+        }
+    }
+    for event in &events {
+        let mut body = Body::new(Framing::Chunked);
+        let Ok(Piece::Framing(start)) = body.next(event.bytes(false)) else { panic!("no chunk") };
+        assert_eq!(body.next(&event.bytes(false)[start..]), Ok(Piece::Content(event.bytes(true).len())));
+        for selection in &selections {
+            let _ = selection.takes(event);
+        }
+    }
+    let mut withheld = Withheld::default();
+    let mut passed = Vec::new();
+    for piece in input.chunks(7) {
+        withheld.push(piece);
+        passed.extend(withheld.take());
+    }
+    assert_eq!(passed.len(), input.len().saturating_sub(CURSOR_BYTES));
+    assert!(input.starts_with(&passed));
+    if let Some(cursor) = withheld.cursor() {
+        assert!(input.ends_with(format!("{cursor:020}").as_bytes()));
     }
 }
 

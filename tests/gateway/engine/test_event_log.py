@@ -1,9 +1,8 @@
-"""The event log and its followers."""
+"""The event log: what a client gets of it before the plane goes on, and how those who wait for it are woken."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
 from functools import partial
 
 import pytest
@@ -21,77 +20,76 @@ async def append(engine: Engine, sandbox: Sandbox, kind: str) -> None:
     engine.context.events.announce()
 
 
-async def take(stream: AsyncGenerator[Event, None], count: int) -> list[str]:
-    async with asyncio.timeout(10):
-        return [(await anext(stream)).type for _ in range(count)]
+async def backlog(engine: Engine, principal: Principal, command: StreamEvents) -> tuple[list[Event], int]:
+    """The events of a backlog, and its cursor."""
+    found = await engine.stream_events(principal, command)
+    return [event async for page in found for event in page], found.cursor
 
 
-async def test_a_follower_sees_what_was_and_then_what_comes(
-    offline: Engine, principal: Principal, routes: Recorder
+async def test_a_backlog_ends_where_the_log_did(offline: Engine, principal: Principal, stranger: Principal) -> None:
+    sandbox = await put_running(offline, principal)
+    await append(offline, sandbox, "created")
+    await append(offline, await put_running(offline, stranger), "created")
+    last = await offline.context.database.lookup(events.last_seq)
+    found, cursor = await backlog(offline, principal, StreamEvents(after_seq=0))
+    assert [event.type for event in found] == ["sandbox.created"]
+    assert cursor == last
+    assert await backlog(offline, principal, StreamEvents(after_seq=last)) == ([], last)
+    assert await backlog(offline, principal, StreamEvents(after_seq=last + 5)) == ([], last + 5)
+
+
+async def test_without_a_cursor_there_is_no_backlog(offline: Engine, principal: Principal) -> None:
+    sandbox = await put_running(offline, principal)
+    await append(offline, sandbox, "created")
+    last = await offline.context.database.lookup(events.last_seq)
+    assert await backlog(offline, principal, StreamEvents()) == ([], last)
+
+
+async def test_a_long_backlog_comes_in_pages_and_takes_in_what_happens_meanwhile(
+    offline: Engine, principal: Principal
 ) -> None:
-    sandbox = await put_running(offline, principal)
-    await append(offline, sandbox, "created")
-    stream = await offline.stream_events(principal, StreamEvents(after_seq=0))
-    assert await take(stream, 1) == ["sandbox.created"]
-    waiting = asyncio.create_task(take(stream, 2))
-    await append(offline, sandbox, "running")
-    await append(offline, sandbox, "destroyed")
-    assert await waiting == ["sandbox.running", "sandbox.destroyed"]
-    assert routes.pokes == 3
-    await stream.aclose()
-
-
-async def test_without_a_cursor_only_new_events_come(offline: Engine, principal: Principal) -> None:
-    sandbox = await put_running(offline, principal)
-    await append(offline, sandbox, "created")
-    stream = await offline.stream_events(principal, StreamEvents())
-    await append(offline, sandbox, "running")
-    assert await take(stream, 1) == ["sandbox.running"]
-    await stream.aclose()
-
-
-async def test_a_follower_that_nobody_wakes_looks_by_itself(offline: Engine, principal: Principal) -> None:
-    sandbox = await put_running(offline, principal)
-    stream = await offline.stream_events(principal, StreamEvents())
-    waiting = asyncio.create_task(take(stream, 1))
-    await asyncio.sleep(0)
-    await offline.context.database.write(partial(sandbox_event, kind="running", sandbox=sandbox))
-    assert await waiting == ["sandbox.running"]
-    await stream.aclose()
-
-
-async def test_a_cursor_resumes_without_loss_or_repetition(offline: Engine, principal: Principal) -> None:
     sandbox = await put_running(offline, principal)
     for number in range(250):
         await offline.context.database.write(partial(sandbox_event, kind=str(number), sandbox=sandbox))
-    seen: list[str] = []
-    cursor = 0
-    while len(seen) < 250:
-        stream = await offline.stream_events(principal, StreamEvents(after_seq=cursor))
-        for _ in range(50):
-            event = await anext(stream)
-            seen.append(event.type)
-            assert event.seq > cursor
-            cursor = event.seq
-        await stream.aclose()
-    assert seen == [f"sandbox.{number}" for number in range(250)]
+    found = await offline.stream_events(principal, StreamEvents(after_seq=0))
+    seen = [event.seq for event in await anext(found)]
+    await append(offline, sandbox, "late")
+    rest = [event async for page in found for event in page]
+    assert rest[-1].type == "sandbox.late"
+    seen += [event.seq for event in rest]
+    assert seen == sorted(set(seen))
+    assert len(seen) == 251
+    assert found.cursor == seen[-1]
 
 
-async def test_events_are_filtered(offline: Engine, principal: Principal, stranger: Principal) -> None:
+async def test_a_backlog_is_filtered(offline: Engine, principal: Principal, stranger: Principal) -> None:
     mine = await put_running(offline, principal)
     other = await put_running(offline, principal)
     foreign = await put_running(offline, stranger)
     for sandbox in (foreign, other, mine):
         await append(offline, sandbox, "created")
         await append(offline, sandbox, "preview.ready")
-    every = await offline.stream_events(principal, StreamEvents(after_seq=0))
-    assert len(await take(every, 4)) == 4
-    one = await offline.stream_events(principal, StreamEvents(0, resource_type="sandbox", resource_id=mine.id))
-    assert [(await anext(one)).resource_id for _ in range(2)] == [mine.id] * 2
-    kinds = await offline.stream_events(principal, StreamEvents(0, types=["sandbox.preview.*", "computer.*"]))
-    assert await take(kinds, 2) == ["sandbox.preview.ready"] * 2
-    for stream in (every, one, kinds):
-        await stream.aclose()
+    every, cursor = await backlog(offline, principal, StreamEvents(after_seq=0))
+    assert len(every) == 4
+    one = StreamEvents(0, resource_type="sandbox", resource_id=mine.id)
+    assert [event.resource_id for event in (await backlog(offline, principal, one))[0]] == [mine.id] * 2
+    kinds = StreamEvents(0, types=["sandbox.preview.*", "computer.*"])
+    found, same = await backlog(offline, principal, kinds)
+    assert [event.type for event in found] == ["sandbox.preview.ready"] * 2
+    assert same == cursor
+
+
+async def test_who_waits_is_woken_here_and_others_are_poked(
+    offline: Engine, principal: Principal, routes: Recorder
+) -> None:
+    sandbox = await put_running(offline, principal)
+    log = offline.context.events
+    waiting = asyncio.create_task(log.wait(log.mark()))
+    await asyncio.sleep(0)
+    await append(offline, sandbox, "created")
+    async with asyncio.timeout(0.5):
+        await waiting
+    assert routes.pokes == 1
 
 
 @pytest.mark.parametrize("limit", [2, 10])

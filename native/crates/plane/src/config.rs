@@ -114,6 +114,12 @@ pub struct Limits {
     /// Without the receiver taking a byte that waits for it.
     #[arg(long, default_value_t = 60.0)]
     pub send_timeout_s: f64,
+    /// Without an event, a comment keeps an event stream alive this often.
+    #[arg(long, default_value_t = 15.0)]
+    pub stream_heartbeat_s: f64,
+    /// Events that may wait for one subscriber of an event stream; with more it loses its stream.
+    #[arg(long, default_value_t = 1000)]
+    pub stream_events_max: usize,
     /// For a response to end whose client has closed its sending side; most such clients have left. The API must hear
     /// of it before the client repeats its request, which the quickest do after 0.5 s.
     #[arg(long, default_value_t = 0.1)]

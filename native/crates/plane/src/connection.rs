@@ -24,6 +24,7 @@ use crate::http::{Framing, find_end};
 use crate::metrics::Class;
 use crate::net::{Shared, write_both};
 use crate::prepare::{Answer, AnswerKind, Decision, Forward, Hold, Plan, prepare};
+use crate::streams::hub::Joining;
 use crate::table::Sandbox;
 use crate::trust::client_of;
 use crate::tunnel::tunnel;
@@ -40,10 +41,25 @@ enum Exit {
     Closed,
     /// Close, but first let the client read the last answer: it may still be sending.
     Linger,
+    /// The connection goes on as a subscriber's.
+    Join(Box<Joining>),
 }
 
-/// Serves one connection, or anything else that speaks HTTP/1.1.
-pub async fn serve<C: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, watch: &Watch, stream: C, peer: Peer) {
+/// A connection that turns into a subscriber's.
+pub struct Joined<C> {
+    /// The connection.
+    pub stream: C,
+    /// What it is to get.
+    pub joining: Joining,
+}
+
+/// Serves one connection, or anything else that speaks HTTP/1.1, until it ends or becomes a subscriber's.
+pub async fn serve<C: AsyncRead + AsyncWrite + Unpin>(
+    worker: &Worker,
+    watch: &Watch,
+    stream: C,
+    peer: Peer,
+) -> Option<Joined<C>> {
     let session = Session {
         worker,
         watch,
@@ -66,8 +82,14 @@ pub async fn serve<C: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, watch: &W
         Ok(exit) => exit,
         Err(end) => session.cut(end).await,
     };
-    if matches!(exit, Exit::Linger) {
-        linger(session.client.into_inner()).await;
+    let stream = session.client.into_inner();
+    match exit {
+        Exit::Closed => None,
+        Exit::Linger => {
+            linger(stream).await;
+            None
+        }
+        Exit::Join(joining) => Some(Joined { stream, joining: *joining }),
     }
 }
 
@@ -317,6 +339,10 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
                 self.finished(101, None, None);
                 tunnel(self.worker, self.watch, &self.client, inbox, *switch, forward.sandbox.as_deref()).await;
                 Some(Exit::Closed)
+            }
+            Ok(Done::Join(status, joining)) => {
+                self.finished(status, None, None);
+                Some(Exit::Join(joining))
             }
             Err(Broken::Failed(failure)) => Some(self.refuse(failure).await),
             Err(Broken::Aborted | Broken::Stale) => {

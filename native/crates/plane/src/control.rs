@@ -5,20 +5,22 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::OwnedReadHalf;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc::UnboundedSender;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{broadcast, mpsc, watch};
 
 use crate::handover::{self, Group};
 use crate::journal::{Follower, Journal};
 use crate::message::{self, Body, Message};
 use crate::metrics::Metrics;
 use crate::operator;
+use crate::streams::event::{Batch, Record};
+use crate::streams::tail::{Appointment, Tail};
 use crate::table::{Seen, TOMBSTONE_S, Table};
 use crate::wake;
 use crate::worker::{Census, Drain, Shared, wall_clock_s};
@@ -49,6 +51,8 @@ pub struct Control {
     is_suspended: watch::Sender<bool>,
     is_listening: watch::Sender<bool>,
     outboxes: RefCell<Vec<Outbox>>,
+    tail: RefCell<Tail>,
+    batches: broadcast::Sender<Arc<Batch>>,
     next_connection: Cell<u64>,
 }
 
@@ -102,6 +106,8 @@ impl Control {
             is_suspended: watch::Sender::new(false),
             is_listening: watch::Sender::new(true),
             outboxes: RefCell::default(),
+            tail: RefCell::new(Tail::new(Instant::now())),
+            batches: shared.batches.clone(),
             next_connection: Cell::new(0),
         })
     }
@@ -164,6 +170,7 @@ impl Control {
                 continue;
             }
             self.report_activity();
+            self.replace_publisher();
             let is_due = now_s().saturating_sub(forgotten_at) >= 60;
             if is_due {
                 forgotten_at = now_s();
@@ -228,6 +235,7 @@ impl Control {
             }),
         };
         self.outboxes.borrow_mut().retain(|outbox| outbox.connection != connection);
+        self.appoint(self.tail.borrow_mut().leave(connection, Instant::now()));
         if is_successor
             && !self.is_suspended.send_replace(true)
             && let Err(error) = self.hand_over(reader).await
@@ -337,6 +345,12 @@ impl Control {
                 let found = operator::connections(&self.table, &self.metrics, &self.census);
                 return Ok(Outcome::Answer(answer("connections", n.as_ref(), found)));
             }
+            Body::Volunteer => self.appoint(self.tail.borrow_mut().volunteer(connection, Instant::now())),
+            Body::Publish { after, through, start, events } => {
+                if !self.publish(connection, after, through, start, events) {
+                    return Ok(Outcome::Answer(refusal(n.as_ref(), "the events are not in order")));
+                }
+            }
             Body::Stats => {
                 let stats = json!({"t": "stats", "n": n, "connections": self.metrics.connections(),
                     "requests": self.metrics.requests(), "sandboxes": self.table.sandboxes()});
@@ -380,6 +394,39 @@ impl Control {
     /// Leaves a connection of somebody who only asks out of what is told to the API.
     fn is_no_api(&self, connection: u64) {
         self.outboxes.borrow_mut().retain(|outbox| outbox.connection != connection);
+    }
+
+    /// Has a connection publish the event log.
+    fn appoint(&self, appointment: Option<Appointment>) {
+        if let Some(Appointment { connection, after }) = appointment {
+            self.tell(connection, &json!({"t": "tail", "after": after}));
+        }
+    }
+
+    fn replace_publisher(&self) {
+        let replaced = self.tail.borrow_mut().check(Instant::now());
+        if let Some((silent, next)) = replaced {
+            crate::log::warning("nothing is heard of the event log", &"another API worker is asked");
+            self.tell(silent, &json!({"t": "relieved"}));
+            self.appoint(Some(next));
+        }
+    }
+
+    fn tell(&self, connection: u64, message: &Value) {
+        if let Some(outbox) = self.outboxes.borrow().iter().find(|outbox| outbox.connection == connection) {
+            // A publisher that has no room for it says nothing either, and is replaced for that.
+            let _ = outbox.lines.try_send(message.to_string());
+        }
+    }
+
+    /// Gives a stretch of the event log to the workers, unless it is not the next one; false if it is none.
+    fn publish(&self, connection: u64, after: u64, through: u64, is_start: bool, events: Vec<Record>) -> bool {
+        let Some(batch) = Batch::new(after, through, events) else { return false };
+        if self.tail.borrow_mut().publish(connection, &batch, is_start, Instant::now()) {
+            // Without workers there is nobody to tell.
+            let _ = self.batches.send(Arc::new(batch));
+        }
+        true
     }
 
     fn poke(&self, from: u64, line: &str) {

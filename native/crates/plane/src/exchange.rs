@@ -20,11 +20,15 @@ use crate::buf::{HeadBuf, Inbox};
 use crate::compose::{self, Reply};
 use crate::failure::{Code, Failure};
 use crate::http::body::Body;
+use crate::http::fields::Field;
 use crate::http::response::{self, Response};
 use crate::http::{Framing, find_end};
 use crate::net::{Shared, Upstream, write_both};
 use crate::prepare::Forward;
 use crate::pump::{Flow, PumpError, pump};
+use crate::streams::backlog;
+use crate::streams::hub::Joining;
+use crate::streams::order::{self, Order, Selection};
 use crate::watch::{Phase, Watch};
 use crate::worker::Worker;
 
@@ -39,6 +43,8 @@ pub enum Done {
     Close(u16),
     /// The upstream switched protocols.
     Switch(Box<Switch>),
+    /// The API has ordered events, after the backlog that has been sent.
+    Join(u16, Box<Joining>),
 }
 
 /// What a tunnel starts with.
@@ -160,6 +166,7 @@ struct Answered {
     reply: Inbox,
     is_keep_alive: bool,
     is_switch: bool,
+    joining: Option<Box<Joining>>,
 }
 
 impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
@@ -193,7 +200,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
     }
 
     fn finish(self, answered: Answered) -> Done {
-        let Answered { response, reply, is_keep_alive, is_switch } = answered;
+        let Answered { response, reply, is_keep_alive, is_switch, joining } = answered;
         let upstream = self.upstream.into_inner();
         if is_switch {
             return Done::Switch(Box::new(Switch { upstream, reply }));
@@ -202,7 +209,9 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
         if is_complete && response.is_keep_alive && reply.is_empty() {
             self.worker.pool.give(self.forward.target, upstream, self.worker.now_ms());
         }
-        if is_keep_alive && is_complete && !self.is_half_closed.get() {
+        if let Some(joining) = joining {
+            Done::Join(response.status, joining)
+        } else if is_keep_alive && is_complete && !self.is_half_closed.get() {
             Done::KeepAlive(response.status)
         } else {
             Done::Close(response.status)
@@ -275,7 +284,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
         for _ in 0..INTERIM_MAX {
             let head_len = self.read_head(&mut reply).await?;
             let mut out = HeadBuf::take();
-            let (response, answer) = self.compose(&reply.data()[..head_len], &mut out)?;
+            let (response, answer, order) = self.compose(&reply.data()[..head_len], &mut out)?;
             reply.consume(head_len);
             if response.status < 200 && !answer.is_switch {
                 if self.forward.minor == 1 {
@@ -284,12 +293,16 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
                 continue;
             }
             self.watch.is_answering.set(true);
+            let mut joining = None;
             if answer.is_switch {
                 self.send(&out.0).await?;
+            } else if let Some(Order::Events(selection)) = order {
+                joining = Some(self.pass_backlog(selection, &response, answer, &out.0, &mut reply).await?);
             } else {
                 self.pass_body(&response, answer, &out.0, &mut reply).await?;
             }
-            return Ok(Answered { response, reply, is_keep_alive: answer.is_keep_alive, is_switch: answer.is_switch });
+            let Reply { is_keep_alive, is_switch, .. } = answer;
+            return Ok(Answered { response, reply, is_keep_alive, is_switch, joining });
         }
         Err(self.broken(Code::UpstreamBroke.into()))
     }
@@ -328,36 +341,81 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
         if self.watch.is_answering.get() { Broken::Aborted } else { Broken::Failed(failure) }
     }
 
-    fn compose(&self, head: &[u8], out: &mut HeadBuf) -> Result<(Response, Reply<'_>), Broken> {
+    fn compose(&self, head: &[u8], out: &mut HeadBuf) -> Result<(Response, Reply<'_>, Option<Order>), Broken> {
         let mut fields = self.worker.fields.take();
         let composed = response::parse(head, self.forward.audience.is_head, &mut fields).map(|response| {
             let is_switch = response.status == 101 && self.forward.is_upgrade;
             let is_unchunked = response.framing == Framing::Chunked && self.forward.minor == 0;
+            let order = self.order(head, &fields, &response)?;
             // What is left of an upload that is answered early is not read, so another request cannot follow it.
             let is_keep_alive = self.forward.is_keep_alive
                 && (self.is_uploaded.get() || response.status < 200)
                 && response.framing != Framing::UntilClose
                 && !is_unchunked
+                && !matches!(order, Some(Order::Events(_)))
                 && !self.worker.is_draining.get();
             let is_preview = self.forward.sandbox.is_some();
             let terms = self.forward.terms.as_ref();
             let reply = Reply { minor: self.forward.minor, is_keep_alive, is_switch, is_unchunked, is_preview, terms };
             compose::response(&mut out.0, head, &fields, &response, reply);
-            (response, reply)
+            Ok((response, reply, order))
         });
         self.worker.fields.replace(fields);
         match composed {
             // Nobody asked for another protocol.
-            Ok((Response { status: 101, .. }, Reply { is_switch: false, .. })) | Err(_) => {
+            Ok(Ok((Response { status: 101, .. }, Reply { is_switch: false, .. }, _)) | Err(())) | Err(_) => {
                 Err(self.broken(Code::UpstreamBroke.into()))
             }
-            Ok(composed) => Ok(composed),
+            Ok(Ok(composed)) => Ok(composed),
         }
+    }
+
+    /// What the API orders, if it does: only it can. An answer to `HEAD` has nothing to follow.
+    fn order(&self, head: &[u8], fields: &[Field], response: &Response) -> Result<Option<Order>, ()> {
+        if self.forward.address.is_some() || response.framing != Framing::Chunked {
+            return Ok(None);
+        }
+        order::find(head, fields).transpose().map_err(|error| {
+            crate::log::warning("an order of the API is no good", &error);
+        })
     }
 
     async fn send(&self, head: &[u8]) -> Result<(), Broken> {
         let mut writer = self.client;
         write_both(&mut writer, head, &[], || ()).await.map_err(|_| Broken::Aborted)
+    }
+
+    fn flow_down(&self, is_unchunked: bool) -> Flow<'_> {
+        let limits = &self.worker.config.limits;
+        Flow {
+            worker: self.worker,
+            deadline: &self.watch.down,
+            read: (Phase::Stream, limits.stream_timeout_s),
+            write: (Phase::Send, limits.send_timeout_s),
+            count: &self.worker.counters.bytes_down,
+            sandbox: self.forward.sandbox.as_deref(),
+            is_up: false,
+            bytes_max: u64::MAX,
+            is_unchunked,
+            has_sent: &self.watch.is_answering,
+        }
+    }
+
+    async fn pass_backlog(
+        &self,
+        selection: Selection,
+        response: &Response,
+        answer: Reply<'_>,
+        head: &[u8],
+        reply: &mut Inbox,
+    ) -> Result<Box<Joining>, Broken> {
+        let is_unchunked = answer.is_unchunked;
+        let flow = self.flow_down(is_unchunked);
+        let mut body = Body::new(response.framing);
+        let (mut reader, mut writer) = (&self.upstream, self.client);
+        let passed = backlog::pass(&flow, head, &mut body, reply, &mut reader, &mut writer).await;
+        let cursor = passed.map_err(|_| Broken::Aborted)?;
+        Ok(Box::new(Joining { selection, cursor, is_unchunked }))
     }
 
     async fn pass_body(
@@ -367,19 +425,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
         head: &[u8],
         reply: &mut Inbox,
     ) -> Result<(), Broken> {
-        let limits = &self.worker.config.limits;
-        let flow = Flow {
-            worker: self.worker,
-            deadline: &self.watch.down,
-            read: (Phase::Stream, limits.stream_timeout_s),
-            write: (Phase::Send, limits.send_timeout_s),
-            count: &self.worker.counters.bytes_down,
-            sandbox: self.forward.sandbox.as_deref(),
-            is_up: false,
-            bytes_max: u64::MAX,
-            is_unchunked: answer.is_unchunked,
-            has_sent: &self.watch.is_answering,
-        };
+        let flow = self.flow_down(answer.is_unchunked);
         let mut body = Body::new(response.framing);
         let (mut reader, mut writer) = (&self.upstream, self.client);
         // Whatever goes wrong now, the client has the head already.

@@ -5,10 +5,11 @@ use std::fmt::Write as _;
 use std::net::IpAddr;
 
 use sandgate_hosts::access::{AGENT_PORT, Digest, Grant, Key};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer, de};
 use serde_json::{Value, json};
 
 use crate::policy::Policy;
+use crate::streams::event;
 use crate::table::{Entry, PortRule, Sandbox, Seen, State, Table};
 
 /// A message from the API.
@@ -76,6 +77,20 @@ pub enum Body {
     Wake {
         /// Its id.
         id: String,
+    },
+    /// This connection can publish the event log.
+    Volunteer,
+    /// The next stretch of the event log.
+    Publish {
+        /// What comes before it.
+        after: u64,
+        /// Where it ends.
+        through: u64,
+        /// It does not go on where the plane asked.
+        #[serde(default)]
+        start: bool,
+        /// The events in it.
+        events: Vec<event::Record>,
     },
     /// Asks for figures.
     Stats,
@@ -173,6 +188,12 @@ fn digest(hex: &str) -> Result<Digest, Refusal> {
     Ok(digest)
 }
 
+/// Reads a digest that may be absent.
+pub fn optional_digest<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Digest>, D::Error> {
+    let hex = Option::<String>::deserialize(deserializer)?;
+    hex.map(|hex| digest(&hex).map_err(de::Error::custom)).transpose()
+}
+
 fn hex(digest: &Digest) -> String {
     digest.iter().fold(String::with_capacity(64), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");
@@ -265,6 +286,8 @@ pub fn apply(body: Body, line: &str, table: &Table, sync: &mut Option<Seen>, now
         | Body::Stats
         | Body::Routes { .. }
         | Body::Connections
+        | Body::Volunteer
+        | Body::Publish { .. }
         | Body::HandOver => return Ok(false),
     }
     Ok(true)

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::failure::{CODES, Code};
+use crate::streams::counters::{self, StreamCounters};
 use crate::table::Table;
 use crate::watch::{Phase, TIMEOUTS};
 
@@ -23,7 +24,7 @@ impl Count {
         self.add(amount.wrapping_neg());
     }
 
-    fn get(&self) -> u64 {
+    pub(crate) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
@@ -76,6 +77,8 @@ pub struct Counters {
     pub wakes: Count,
     /// Requests that wait for a sandbox to wake up.
     pub waiting: Count,
+    /// Streams that the API has ordered.
+    pub streams: StreamCounters,
 }
 
 impl Counters {
@@ -195,6 +198,8 @@ impl Metrics {
         one("waiting", "gauge", "Requests that wait for a sandbox to wake up.", self.waiting());
         one("sandboxes", "gauge", "Sandboxes in the route table.", table.sandboxes() as u64);
         one("table_generation", "counter", "Changes of the route table.", table.generation());
+        let streams: Vec<_> = self.workers.iter().map(|worker| &worker.streams).collect();
+        counters::render(&mut out, &streams);
         out
     }
 }

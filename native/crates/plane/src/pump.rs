@@ -51,11 +51,18 @@ pub struct Flow<'a> {
 }
 
 impl Flow<'_> {
-    fn wait(&self, (phase, seconds): (Phase, f64)) {
+    /// Starts the clock for a wait.
+    pub fn wait(&self, (phase, seconds): (Phase, f64)) {
         self.deadline.set(phase, self.worker.after(seconds));
     }
 
-    async fn write<W: AsyncWrite + Unpin>(&self, writer: &mut W, head: &[u8], body: &[u8]) -> Result<(), PumpError> {
+    /// Sends `head` and `body`.
+    pub async fn write<W: AsyncWrite + Unpin>(
+        &self,
+        writer: &mut W,
+        head: &[u8],
+        body: &[u8],
+    ) -> Result<(), PumpError> {
         self.wait(self.write);
         self.count.add(body.len() as u64);
         if let Some(sandbox) = self.sandbox {

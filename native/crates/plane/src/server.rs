@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde_json::json;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{broadcast, watch};
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
@@ -33,6 +33,9 @@ const KEEPALIVE: Duration = Duration::from_secs(60);
 /// How often the directory of certificates is looked at.
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Stretches of the event log that a worker may lag behind; one more and its subscribers must resume.
+const BATCHES_MAX: usize = 1024;
+
 /// One address's sockets, one per worker.
 type Group = Vec<TcpListener>;
 
@@ -54,6 +57,7 @@ pub fn run(config: Config) -> io::Result<()> {
     }
     let (begin_drain, drain) = watch::channel(Drain::No);
     let (knocks, knocked) = tokio::sync::mpsc::unbounded_channel();
+    let (batches, _) = broadcast::channel(BATCHES_MAX);
     let shared = Shared {
         config: Arc::clone(&config),
         table: Arc::clone(&table),
@@ -61,6 +65,7 @@ pub fn run(config: Config) -> io::Result<()> {
         drain,
         knocks,
         api_policy: api_policy(&config)?,
+        batches,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = tokio::task::LocalSet::new();

@@ -264,6 +264,13 @@ impl Table {
         self.keys[usize::from(hash[0])].load().get(hash).and_then(|entry| entry.key.clone())
     }
 
+    /// Whether an API key is revoked or has expired; one that was never pushed is not.
+    pub fn is_key_over(&self, hash: &Digest, now: f64) -> bool {
+        self.keys[usize::from(hash[0])].load().get(hash).is_some_and(|entry| {
+            entry.key.as_ref().is_none_or(|key| key.expires_at.is_some_and(|expires_at| expires_at <= now))
+        })
+    }
+
     /// Calls `visit` for every entry.
     pub fn each_entry(&self, mut visit: impl FnMut(&str, &Entry)) {
         for shard in &self.by_id {

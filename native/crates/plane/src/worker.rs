@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::UnboundedSender;
-use tokio::sync::watch;
+use tokio::sync::{broadcast, watch};
 use tokio::task::LocalSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
@@ -25,6 +25,8 @@ use crate::http2;
 use crate::metrics::Counters;
 use crate::policy::Policy;
 use crate::pool::Pool;
+use crate::streams::event::Batch;
+use crate::streams::hub::{self, Hub};
 use crate::table::{Sandbox, Table};
 use crate::tls;
 use crate::trust;
@@ -85,6 +87,18 @@ impl Drop for Seat {
     }
 }
 
+/// A connection of a worker; counted until it is dropped.
+struct Presence {
+    worker: Rc<Worker>,
+    _seat: Option<Seat>,
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        self.worker.counters.connections.sub(1);
+    }
+}
+
 /// A listening socket.
 pub struct Listener {
     /// The socket.
@@ -120,6 +134,8 @@ pub struct Shared {
     pub knocks: UnboundedSender<Box<str>>,
     /// What other sites may do with the API.
     pub api_policy: Option<Arc<Policy>>,
+    /// The event log as it comes.
+    pub batches: broadcast::Sender<Arc<Batch>>,
 }
 
 /// What the connections of one worker share.
@@ -143,6 +159,8 @@ pub struct Worker {
     /// What other sites may do with the API.
     pub api_policy: Option<Arc<Policy>>,
     knocks: UnboundedSender<Box<str>>,
+    /// Clients of event streams.
+    pub hub: Hub,
     started: Instant,
     now_ms: Cell<u64>,
     wall_s: Cell<f64>,
@@ -226,6 +244,7 @@ pub fn run(shared: Shared, counters: Arc<Counters>, listeners: Vec<Listener>, ac
         watches: Watches::default(),
         api_policy: shared.api_policy,
         knocks: shared.knocks,
+        hub: Hub::default(),
         started: Instant::now(),
         now_ms: Cell::new(0),
         wall_s: Cell::new(wall_clock_s()),
@@ -237,6 +256,9 @@ pub fn run(shared: Shared, counters: Arc<Counters>, listeners: Vec<Listener>, ac
         local.spawn_local(accept(Rc::clone(&worker), Arc::clone(&census), listener, drain.clone()));
     }
     local.spawn_local(sweep(Rc::clone(&worker), drain.clone()));
+    // It writes to very many sockets at a time and gives way by itself.
+    let deliveries = hub::run(Rc::clone(&worker), shared.batches.subscribe(), drain.clone());
+    local.spawn_local(tokio::task::unconstrained(deliveries));
     runtime.block_on(local.run_until(finish(worker, drain)));
 }
 
@@ -306,24 +328,35 @@ fn start(
     let worker = Rc::clone(worker);
     let watch = worker.watches.add();
     let acceptor = acceptor.cloned();
+    let has_seat = seat.is_some();
+    let presence = Presence { worker: Rc::clone(&worker), _seat: seat };
     tokio::task::spawn_local(async move {
-        match (&seat, acceptor) {
-            (Some(_), None) => {
-                connection::serve(&worker, &watch, stream, trust::peer(&worker.config, client, HTTP)).await;
+        match (has_seat, acceptor) {
+            (true, None) => {
+                let joined =
+                    connection::serve(&worker, &watch, stream, trust::peer(&worker.config, client, HTTP)).await;
+                hub::settle(&worker, joined, presence);
             }
             // In a box: a plain connection, of which there may be very many, need not have room for one of TLS.
-            (Some(_), Some(acceptor)) => Box::pin(serve_tls(&worker, &watch, &acceptor, stream, client)).await,
-            (None, None) => connection::turn_away(&worker, stream).await,
+            (true, Some(acceptor)) => {
+                Box::pin(serve_tls(&worker, &watch, &acceptor, stream, client, presence)).await;
+            }
+            (false, None) => connection::turn_away(&worker, stream).await,
             // A handshake is the expensive part: none for a connection too many.
-            (None, Some(_)) => {}
+            (false, Some(_)) => {}
         }
-        worker.counters.connections.sub(1);
-        drop(seat);
     });
 }
 
 /// Shakes hands, then serves what the client has chosen to speak.
-async fn serve_tls(worker: &Rc<Worker>, watch: &Rc<Watch>, acceptor: &TlsAcceptor, stream: TcpStream, client: IpAddr) {
+async fn serve_tls(
+    worker: &Rc<Worker>,
+    watch: &Rc<Watch>,
+    acceptor: &TlsAcceptor,
+    stream: TcpStream,
+    client: IpAddr,
+    presence: Presence,
+) {
     let handshake = timeout(duration(worker.config.limits.head_timeout_s), acceptor.accept(stream));
     let Ok(Ok(stream)) = handshake.await else {
         worker.counters.tls_failures.add(1);
@@ -333,7 +366,8 @@ async fn serve_tls(worker: &Rc<Worker>, watch: &Rc<Watch>, acceptor: &TlsAccepto
     if stream.get_ref().1.alpn_protocol() == Some(tls::ALPN_HTTP2) {
         http2::serve(worker, watch, stream, client).await;
     } else {
-        connection::serve(worker, watch, stream, trust::peer(&worker.config, client, HTTPS)).await;
+        let joined = connection::serve(worker, watch, stream, trust::peer(&worker.config, client, HTTPS)).await;
+        hub::settle(worker, joined, presence);
     }
 }
 

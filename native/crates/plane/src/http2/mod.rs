@@ -32,6 +32,7 @@ use self::timed::Timed;
 use crate::compose::HTTPS;
 use crate::config::duration;
 use crate::connection;
+use crate::streams::hub;
 use crate::trust;
 use crate::watch::{End, Phase, Watch};
 use crate::worker::Worker;
@@ -85,6 +86,16 @@ where
     }
 }
 
+/// One of a connection's streams, as long as it is kept.
+struct OpenStream(Rc<Streams>);
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        self.0.open.set(self.0.open.get() - 1);
+        self.0.note();
+    }
+}
+
 /// The streams of one connection.
 struct Streams {
     worker: Rc<Worker>,
@@ -103,11 +114,11 @@ impl Streams {
         streams.open.set(streams.open.get() + 1);
         streams.note();
         tokio::task::spawn_local(async move {
-            let watch = streams.worker.watches.add();
-            connection::serve(&streams.worker, &watch, exchange, trust::peer(&streams.worker.config, client, HTTPS))
-                .await;
-            streams.open.set(streams.open.get() - 1);
-            streams.note();
+            let open = OpenStream(streams);
+            let worker = Rc::clone(&open.0.worker);
+            let watch = worker.watches.add();
+            let joined = connection::serve(&worker, &watch, exchange, trust::peer(&worker.config, client, HTTPS)).await;
+            hub::settle(&worker, joined, open);
         });
     }
 

@@ -1,0 +1,19 @@
+//! Streams that the API has ordered: it says who may have what, the plane moves the bytes.
+//!
+//! The API answers a request with the private header `X-Sandgate-Stream`, an [`order::Order`]. The plane takes the
+//! header off and carries the order out on the client's connection (docs/protocol.md, "Streams").
+//!
+//! ```text
+//! api ──publish──▶ tail (control thread) ──batch──▶ hub (one per worker) ──▶ subscribers
+//! api ──order: events, backlog──▶ exchange ──joins──▲
+//! ```
+
+pub mod backlog;
+pub mod counters;
+pub mod event;
+pub mod hub;
+pub mod order;
+pub mod pattern;
+pub mod subscriber;
+pub mod tail;
+pub mod window;

@@ -1,0 +1,186 @@
+"""Event streams of a real server: nothing is lost and nothing comes twice, whichever part is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import orjson
+import psutil
+import pytest
+
+from tests.support.server import ServerProcess
+
+PATIENCE_S = 30.0
+#: What the command line of each part's processes has in it.
+PARTS = {"api": "run-api", "plane": "sandgate-plane"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    home = tmp_path_factory.mktemp("streams")
+    with ServerProcess(home, rate_limit_per_minute=0, workers=2) as server:
+        yield server
+
+
+@pytest.fixture
+async def api(server: ServerProcess) -> AsyncIterator[httpx.AsyncClient]:
+    headers = {"authorization": f"Bearer {server.api_key}"}
+    async with httpx.AsyncClient(base_url=server.base_url, headers=headers, timeout=30, trust_env=False) as client:
+        yield client
+
+
+class Follower:
+    """A client that follows the events of this test's keys, and resumes where it was when its stream ends."""
+
+    def __init__(self, api: httpx.AsyncClient, after: str, **parameters: Any) -> None:
+        self.api = api
+        self.last = after
+        self.parameters = {"types": "api_key.*", **parameters}
+        self.events: list[str] = []
+        self.ids: list[str] = []
+        self.streams = 0
+
+    async def follow(self) -> None:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                await self._stream()
+            await asyncio.sleep(0.05)
+
+    async def _stream(self) -> None:
+        headers = {"last-event-id": self.last}
+        async with self.api.stream("GET", "/events/stream", headers=headers, params=self.parameters) as response:
+            if response.status_code != 200:
+                return
+            assert "x-sandgate-stream" not in response.headers
+            self.streams += 1
+            async for line in response.aiter_lines():
+                if line.startswith("data: "):
+                    event = orjson.loads(line[6:])
+                    assert event["event_id"] > self.last
+                    self.last = event["event_id"]
+                    self.ids.append(event["id"])
+                    self.events.append(event["type"])
+
+    async def has(self, count: int) -> None:
+        await until(lambda: len(self.events) >= count, f"{count} events, not {len(self.events)}")
+
+
+async def until(condition: Any, what: str) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.02)
+    assert condition(), what
+
+
+@contextlib.asynccontextmanager
+async def following(*followers: Follower) -> AsyncIterator[None]:
+    """Have them follow, each from its first stream on."""
+    tasks = [asyncio.create_task(one.follow()) for one in followers]
+    try:
+        await until(lambda: all(one.streams for one in followers), "every stream is open")
+        yield
+        failures = [task.exception() for task in tasks if task.done()]
+        assert failures == []
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def make_key(api: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
+    """Ask until there is an answer; one idempotency key makes one key."""
+    headers = {"idempotency-key": str(time.time_ns())}
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                made = await api.post("/api-keys", json={"name": "test", **fields}, headers=headers)
+                if made.status_code == 201:
+                    return dict(made.json())
+            await asyncio.sleep(0.05)
+
+
+async def now(api: httpx.AsyncClient) -> str:
+    """The id of the newest event."""
+    made = await make_key(api)
+    follower = Follower(api, "0", resource_id=made["id"])
+    async with following(follower):
+        await follower.has(1)
+    return follower.last
+
+
+def kill(server: ServerProcess, part: str) -> None:
+    for process in psutil.Process(server.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(PARTS[part] in word for word in process.cmdline()):
+                process.kill()
+
+
+async def test_every_follower_gets_every_event(api: httpx.AsyncClient) -> None:
+    start = await now(api)
+    followers = [Follower(api, start) for _ in range(30)]
+    async with following(*followers):
+        made = [(await make_key(api))["id"] for _ in range(10)]
+        for follower in followers:
+            await follower.has(10)
+            assert follower.ids == made
+            assert follower.streams == 1
+
+
+async def test_streams_outlive_the_api(server: ServerProcess, api: httpx.AsyncClient) -> None:
+    follower = Follower(api, await now(api))
+    async with following(follower):
+        made = []
+        for count in range(1, 9):
+            made.append((await make_key(api))["id"])
+            await follower.has(count)
+            if count in (2, 5):
+                kill(server, "api")
+        assert follower.ids == made
+        assert follower.streams == 1
+
+
+async def test_streams_resume_after_the_plane_was_killed(server: ServerProcess, api: httpx.AsyncClient) -> None:
+    follower = Follower(api, await now(api))
+    async with following(follower):
+        made = []
+        for count in range(1, 9):
+            made.append((await make_key(api))["id"])
+            if count in (2, 5):
+                kill(server, "plane")
+        await follower.has(8)
+        assert follower.ids == made
+        assert follower.streams >= 2
+
+
+async def test_a_revoked_key_loses_its_stream(server: ServerProcess, api: httpx.AsyncClient) -> None:
+    made = await make_key(api)
+    headers = {"authorization": f"Bearer {made['key']}"}
+    async with (
+        httpx.AsyncClient(base_url=server.base_url, headers=headers, timeout=30, trust_env=False) as other,
+        other.stream("GET", "/events/stream") as response,
+    ):
+        assert response.status_code == 200
+        lines = response.aiter_lines()
+        assert await anext(lines) == ": open"
+        assert (await api.delete(f"/api-keys/{made['id']}")).status_code == 204
+        async with asyncio.timeout(PATIENCE_S):
+            # It ends in order: anything else would be an exception.
+            async for _ in lines:
+                pass
+
+
+async def test_a_ticket_opens_a_stream_that_goes_on(api: httpx.AsyncClient) -> None:
+    ticket = (await api.post("/auth/sse-ticket", json={})).json()["ticket"]
+    async with api.stream("GET", "/events", params={"ticket": ticket}, headers={"authorization": ""}) as response:
+        assert response.status_code == 200
+        made = await make_key(api)
+        async with asyncio.timeout(PATIENCE_S):
+            async for line in response.aiter_lines():
+                if line.startswith("data: "):
+                    assert orjson.loads(line[6:])["id"] == made["id"]
+                    break
