@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vmm.drivers.fake import FakeDriver
 from vmm.host.config import HostConfig
@@ -25,15 +26,16 @@ asyncio.run(serve(config, FakeDriver(), ready=lambda: print("ready", flush=True)
 """
 
 
-def configuration(home: Path, socket_path: Path) -> HostConfig:
-    return HostConfig(home=home, socket_path=socket_path, machines_max=5_000, memory_reserve_mib=0, disk_reserve_mib=0)
+def configuration(home: Path, socket_path: Path, **settings: Any) -> HostConfig:
+    roomy = {"machines_max": 5_000, "memory_reserve_mib": 0, "disk_reserve_mib": 0, "hibernate_below_mib": 0}
+    return HostConfig(home=home, socket_path=socket_path, **{**roomy, **settings})
 
 
 @asynccontextmanager
-async def host_in_process(home: Path, socket_path: Path, driver: FakeDriver) -> AsyncIterator[None]:
-    """hostd in a task of this loop, so that the test can reach its driver."""
+async def host_in_process(home: Path, socket_path: Path, driver: FakeDriver, **settings: Any) -> AsyncIterator[None]:
+    """hostd in a task of this loop, so that the test can reach its driver. settings: of `HostConfig`."""
     ready = asyncio.Event()
-    task = asyncio.create_task(serve(configuration(home, socket_path), driver, ready=ready.set))
+    task = asyncio.create_task(serve(configuration(home, socket_path, **settings), driver, ready=ready.set))
     waiting = asyncio.create_task(ready.wait())
     try:
         async with asyncio.timeout(10):

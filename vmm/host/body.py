@@ -72,18 +72,16 @@ class Body:
     async def boot(self) -> None:
         """Give it its first unit. Raises MachineError, as all moves do."""
         began = time.monotonic()
-        spec = self.record.spec
-        if spec.snapshot is None:
-            unit = await self._parts.units.start(spec)
-        else:
-            async with self._parts.images.open(self._parts.images.find(spec.snapshot)) as files:
-                unit = await self._parts.units.restore(spec, files)
+        forked_from = self.record.image
+        unit = await self._first_unit()
         now = time.time()
-        boot_ms = (time.monotonic() - began) * 1000
-        self._commit(unit, state=MachineState.RUNNING, started_at=now, last_active_at=now, boot_ms=boot_ms)
+        took = {"started_at": now, "last_active_at": now, "boot_ms": (time.monotonic() - began) * 1000}
+        self._commit(unit, state=MachineState.RUNNING, image=None, **took)
         point("boot.written")
         self._take(unit)
         self.tell()
+        if forked_from is not None:
+            self._release(forked_from)
 
     async def recover(self) -> bool:
         """Be again what the record says, after a restart of hostd. False when there is nothing to go on from."""
@@ -218,6 +216,14 @@ class Body:
         why = ": ".join(filter(None, (record.cause, record.detail)))
         logger.info("machine %s is %s%s", record.id, record.state, f" ({why})" if why else "")
         self._parts.on_change(record.info())
+
+    async def _first_unit(self) -> Unit:
+        images, units, spec = self._parts.images, self._parts.units, self.record.spec
+        image = self.record.image or (spec.snapshot and images.find(spec.snapshot))
+        if not image:
+            return await units.start(spec)
+        async with images.open(image) as files:
+            return await units.restore(spec, files)
 
     async def _adopt(self) -> bool:
         record, driver = self.record, self._parts.driver

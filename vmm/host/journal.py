@@ -43,7 +43,8 @@ PAUSED = frozenset({MachineState.FROZEN, MachineState.HIBERNATING, MachineState.
 class Record:
     """Everything about one machine that outlives the process. `token` opens its agent: the files are mode 0600.
 
-    unit: the driver's id of what runs, None while hibernated.  image: what a hibernated machine wakes from.
+    unit: the driver's id of what runs, None while hibernated.
+    image: what a hibernated machine wakes from, and a forked one is made from.
     snapshot: the snapshot that its memory came from at last.  frozen_at: Unix seconds.
     """
 
@@ -70,8 +71,8 @@ class Record:
     boot_ms: float | None = None
 
     @classmethod
-    def new(cls, spec: MachineSpec, now: float) -> Record:
-        """Of a machine that is to be made."""
+    def new(cls, spec: MachineSpec, now: float, image: str | None = None) -> Record:
+        """Of a machine that is to be made, from an image if one is given."""
         return cls(
             spec,
             created_at=now,
@@ -82,6 +83,7 @@ class Record:
             auto_resume=spec.auto_resume,
             hibernate_after_s=spec.hibernate_after_s,
             snapshot=spec.snapshot,
+            image=image,
         )
 
     @property

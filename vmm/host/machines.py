@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from vmm.drivers.base import Driver
 from vmm.errors import MachineError, VmmError
@@ -69,9 +69,8 @@ class Machines:
         self._is_closing = False
         self._chores: list[asyncio.Task[None]] = []
         self.snapshots = Snapshots(Journal(host / "snapshots", SnapshotRecord), self._changed)
-        self._images = Images(host / "images", driver, self._image_of, self._is_needed)
+        self._images = Images(host / "images", driver, self.snapshots.image_of, self._is_needed)
         self.snapshots.images = self._images
-        self._forks: dict[str, str] = {}
         self._units = Units(driver, boot_timeout_s=config.boot_timeout_s)
         self._parts = Parts(
             driver,
@@ -125,12 +124,15 @@ class Machines:
             logger.error("%d machines did not end in time; the next start ends them", len(late))
         await self.driver.close()
 
-    async def create(self, spec: MachineSpec) -> MachineInfo:
-        """Start a machine, or return the one with this id. Returns once its agent answers. Raises MachineError."""
+    async def create(self, spec: MachineSpec, image: str | None = None) -> MachineInfo:
+        """Start a machine, or return the one with this id. Returns once its agent answers. Raises MachineError.
+
+        image: what to make it from, instead of the snapshot that the spec names.
+        """
         machine = self._machines.get(spec.id)
         if machine is None:
             self._admit(spec)
-            machine = self._new_machine(Record.new(spec, time.time()))
+            machine = self._new_machine(Record.new(spec, time.time(), image))
             self._changed(machine.record.info())
             machine.start()
         await machine.settled.wait()
@@ -144,20 +146,18 @@ class Machines:
         """Save a machine once and restore it under each child's name, all at once. Raises MachineError for the save."""
         parent = self.find_live(machine_id)
         specs = [self._child_spec(parent, child) for child in children]
-        image, pause_ms = "", 0.0
-        try:
-            if any(spec.id not in self._machines for spec in specs):
-                image, pause_ms = await self._capture(parent)
-            return Fork(tuple(await asyncio.gather(*(self._fork_one(spec, image) for spec in specs))), pause_ms)
-        finally:
-            if self._forks.pop(image, None) is not None:
-                self._images.release_later(image)
+        if all(spec.id in self._machines for spec in specs):
+            return Fork(tuple([await self.create(spec) for spec in specs]), 0.0)
+        image, pause_ms = await self._capture(parent)
+        # Each child's record names the image until its memory has been read; the last one takes it along.
+        made = await asyncio.gather(*(self._fork_one(spec, image) for spec in specs))
+        self._images.release_later(image)
+        return Fork(tuple(made), pause_ms)
 
     async def _capture(self, parent: Machine) -> tuple[str, float]:
-        """An image of the machine now, kept until it is dropped from `_forks`."""
+        """An image of the machine now, and for how many milliseconds it stood still for that."""
         image = str(uuid.uuid4())
         capture = await parent.save(image)
-        self._forks[capture.image] = parent.id
         if capture.saved is None:
             return capture.image, 0.0
         await self._images.publish(image, capture.saved, capture.record, lambda _: None)
@@ -165,7 +165,7 @@ class Machines:
 
     async def _fork_one(self, spec: MachineSpec, image: str) -> MachineInfo | ForkFailure:
         try:
-            return await self.create(replace(spec, snapshot=image))
+            return await self.create(spec, image)
         except VmmError as error:
             return ForkFailure(spec.id, error.code, error.message, error.detail)
 
@@ -275,18 +275,15 @@ class Machines:
             cpu_count=shape.cpu_count,
             memory_mib=shape.memory_mib,
             disk_mib=shape.disk_mib,
+            snapshot=parent.record.snapshot,
             **asdict(child),
         )
         check_spec(spec, self._config)
         return spec
 
-    def _image_of(self, snapshot_id: str) -> str:
-        """Forks are made from images that no snapshot names."""
-        return snapshot_id if snapshot_id in self._forks else self.snapshots.image_of(snapshot_id)
-
     def _is_needed(self, image: str) -> bool:
         owners = (machine.record for machine in self._machines.values() if not machine.record.is_over)
-        return image in self._forks or self.snapshots.names(image) or any(owner.image == image for owner in owners)
+        return self.snapshots.names(image) or any(owner.image == image for owner in owners)
 
     def _forget(self, machine: Machine) -> None:
         if self._machines.get(machine.id) is machine:
