@@ -115,13 +115,13 @@ class Machines:
                 machine.leave()
             else:
                 machine.stop(StopCause.SHUTDOWN)
-        ends = [asyncio.create_task(machine.over()) for machine in self._machines.values()]
-        ends.append(asyncio.create_task(self._units.settle()))
-        _, late = await asyncio.wait(ends, timeout=self._config.shutdown_timeout_s)
-        for end in late:
-            end.cancel()
-        if late:
-            logger.error("%d machines did not end in time; the next start ends them", len(late))
+        try:
+            async with asyncio.timeout(self._config.shutdown_timeout_s):
+                for machine in list(self._machines.values()):
+                    await machine.over()
+                await self._units.settle()
+        except TimeoutError:
+            logger.exception("not all machines ended in time; the next start sees to them")
         await self.driver.close()
 
     async def create(self, spec: MachineSpec, image: str | None = None) -> MachineInfo:
