@@ -40,6 +40,7 @@ types: ## mypy --strict, and the compiled modules against their stubs
 rust: ## cargo fmt, clippy and tests
 	@cargo fmt --manifest-path native/Cargo.toml --all --check
 	@cargo clippy --manifest-path native/Cargo.toml --locked --workspace --all-targets --quiet -- --deny warnings
+	@cargo check --manifest-path native/fuzz/Cargo.toml --target-dir native/target --locked --quiet
 	@cargo test --manifest-path native/Cargo.toml --locked --workspace --quiet
 
 clients: ## Environments with each supported release of the MIOSA client
