@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 from typing import Any
 
 import pytest
@@ -113,6 +114,33 @@ async def test_bulk_passes_both_ways_at_once(plane: Plane) -> None:
             received += more
         assert hashlib.sha256(received).digest() == hashlib.sha256(block * count).digest()
         assert await plane.metric("sandgate_plane_upload_bytes_total") == len(block) * count
+
+
+async def test_a_flood_is_spliced_and_what_follows_still_passes(plane: Plane) -> None:
+    block = random.Random(7).randbytes(1024 * 1024)
+
+    async def flood(exchange: Exchange) -> None:
+        await exchange.send(SWITCH)
+        for _ in range(64):
+            await exchange.send(block)
+        while line := await exchange.reader.readline():
+            await exchange.send(line)
+        await exchange.send(block)
+        exchange.writer.write_eof()
+
+    async with tcp_upstream(flood) as upstream, plane.client() as client, asyncio.timeout(60):
+        await client.send(ASK.format(await plane.open(upstream.port)))
+        assert (await client.head()).status == 101
+        for _ in range(64):
+            assert await client.reader.readexactly(len(block)) == block
+        assert await plane.metric("sandgate_plane_spliced_bytes_total") > len(block)
+        # Many small pieces make the plane copy again.
+        for number in range(100):
+            await client.send(f"{number}\n")
+            assert await client.reader.readline() == f"{number}\n".encode()
+        client.writer.write_eof()
+        assert await client.rest() == block
+        assert await plane.metric("sandgate_plane_download_bytes_total") == 65 * len(block) + 290
 
 
 async def test_a_reset_on_one_side_ends_the_other(plane: Plane) -> None:

@@ -22,7 +22,7 @@ use crate::hold::hold;
 use crate::http::fields::{self, Field};
 use crate::http::{Framing, find_end};
 use crate::metrics::Class;
-use crate::net::{Shared, write_both};
+use crate::net::{Shared, Transport, write_both};
 use crate::prepare::{Answer, AnswerKind, Decision, Forward, Hold, Plan, prepare};
 use crate::streams::hub::Joining;
 use crate::table::Sandbox;
@@ -54,12 +54,7 @@ pub struct Joined<C> {
 }
 
 /// Serves one connection, or anything else that speaks HTTP/1.1, until it ends or becomes a subscriber's.
-pub async fn serve<C: AsyncRead + AsyncWrite + Unpin>(
-    worker: &Worker,
-    watch: &Watch,
-    stream: C,
-    peer: Peer,
-) -> Option<Joined<C>> {
+pub async fn serve<C: Transport>(worker: &Worker, watch: &Watch, stream: C, peer: Peer) -> Option<Joined<C>> {
     let session = Session {
         worker,
         watch,
@@ -135,7 +130,7 @@ struct Session<'a, C> {
     is_open: Cell<bool>,
 }
 
-impl<C: AsyncRead + AsyncWrite + Unpin> Session<'_, C> {
+impl<C: Transport> Session<'_, C> {
     async fn requests(&self) -> Exit {
         let mut inbox = Inbox::default();
         loop {

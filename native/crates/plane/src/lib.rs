@@ -37,6 +37,7 @@ pub mod pool;
 pub mod prepare;
 pub mod pump;
 pub mod server;
+pub mod splice;
 pub mod streams;
 pub mod table;
 pub mod tls;

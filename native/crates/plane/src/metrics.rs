@@ -67,6 +67,8 @@ pub struct Counters {
     pub bytes_up: Count,
     /// Bytes from upstreams to clients, heads left out.
     pub bytes_down: Count,
+    /// Those of both that went from socket to socket within the kernel.
+    pub bytes_spliced: Count,
     /// Connections to upstreams opened.
     pub connects: Count,
     /// Requests sent again because a pooled connection turned out to be closed.
@@ -186,6 +188,7 @@ impl Metrics {
         one("tunnels", "gauge", "Upgraded connections open.", self.tunnels());
         one("upload_bytes_total", "counter", "Body bytes from clients to upstreams.", self.sum(|w| &w.bytes_up));
         one("download_bytes_total", "counter", "Body bytes from upstreams to clients.", self.sum(|w| &w.bytes_down));
+        one("spliced_bytes_total", "counter", "Those of both that were never copied.", self.sum(|w| &w.bytes_spliced));
         one("upstream_connects_total", "counter", "Connections to upstreams opened.", self.sum(|w| &w.connects));
         one(
             "upstream_retries_total",

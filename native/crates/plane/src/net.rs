@@ -5,8 +5,25 @@ use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::server::TlsStream;
+
+/// A connection's transport.
+pub trait Transport: AsyncRead + AsyncWrite + Unpin {
+    /// The socket, where the bytes on it are those of the transport.
+    fn socket(&self) -> Option<&TcpStream> {
+        None
+    }
+}
+
+impl Transport for TcpStream {
+    fn socket(&self) -> Option<&TcpStream> {
+        Some(self)
+    }
+}
+
+impl Transport for TlsStream<TcpStream> {}
 
 /// A stream whose read and write side are used by two futures of one task.
 ///
@@ -17,6 +34,36 @@ impl<S> Shared<S> {
     /// Takes a stream.
     pub fn new(stream: S) -> Self {
         Self(RefCell::new(stream))
+    }
+
+    /// Whether it is a plain socket.
+    pub fn is_socket(&self) -> bool
+    where
+        S: Transport,
+    {
+        self.0.borrow().socket().is_some()
+    }
+
+    /// As `TcpStream::try_io`, waiting. Only for a socket.
+    pub fn poll_io<T>(
+        &self,
+        cx: &mut Context<'_>,
+        interest: Interest,
+        mut operation: impl FnMut(&TcpStream) -> io::Result<T>,
+    ) -> Poll<io::Result<T>>
+    where
+        S: Transport,
+    {
+        let stream = self.0.borrow();
+        let Some(socket) = stream.socket() else { return Poll::Ready(Err(io::ErrorKind::Unsupported.into())) };
+        loop {
+            let ready = if interest.is_readable() { socket.poll_read_ready(cx) } else { socket.poll_write_ready(cx) };
+            ready!(ready)?;
+            match socket.try_io(interest, || operation(socket)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                outcome => return Poll::Ready(outcome),
+            }
+        }
     }
 
     /// Gives it back.
@@ -85,6 +132,15 @@ impl Upstream {
             Self::Unix(stream) => socket2::SockRef::from(stream).peek(&mut byte),
         };
         matches!(peeked, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+}
+
+impl Transport for Upstream {
+    fn socket(&self) -> Option<&TcpStream> {
+        match self {
+            Self::Tcp(stream) => Some(stream),
+            Self::Unix(_) => None,
+        }
     }
 }
 

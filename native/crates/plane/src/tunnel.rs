@@ -5,18 +5,23 @@ use std::io;
 use std::pin::pin;
 use std::task::Poll;
 
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 
-use crate::buf::Inbox;
+use crate::buf::{BUFFER_BYTES, Inbox};
 use crate::exchange::Switch;
 use crate::metrics::Count;
-use crate::net::{Shared, write_both};
+use crate::net::{Shared, Transport, write_both};
+use crate::splice::{Pause, Pipe};
 use crate::table::Sandbox;
 use crate::watch::{Phase, Watch};
 use crate::worker::Worker;
 
+/// A read that fills half of a buffer; after so many in a row a direction is worth a pipe of its own.
+const FULL_BYTES: usize = BUFFER_BYTES / 2;
+const FULL_MIN: u32 = 8;
+
 /// Carries a tunnel to its end. `inbox` and `switch.reply` hold what was received ahead.
-pub async fn tunnel<C: AsyncRead + AsyncWrite + Unpin>(
+pub async fn tunnel<C: Transport>(
     worker: &Worker,
     watch: &Watch,
     client: &Shared<C>,
@@ -27,12 +32,11 @@ pub async fn tunnel<C: AsyncRead + AsyncWrite + Unpin>(
     let Switch { upstream, mut reply } = switch;
     let upstream = Shared::new(upstream);
     let side = |count, is_up| Side { worker, watch, sandbox, count, is_up };
-    let (mut client_in, mut client_out, mut upstream_in, mut upstream_out) = (client, client, &upstream, &upstream);
     let (up, down) = (side(&worker.counters.bytes_up, true), side(&worker.counters.bytes_down, false));
     worker.counters.tunnels.add(1);
     {
-        let mut up = pin!(up.copy(inbox, &mut client_in, &mut upstream_out));
-        let mut down = pin!(down.copy(&mut reply, &mut upstream_in, &mut client_out));
+        let mut up = pin!(up.copy(inbox, client, &upstream));
+        let mut down = pin!(down.copy(&mut reply, &upstream, client));
         let (mut is_up, mut is_down) = (true, true);
         poll_fn(|cx| {
             if is_up && let Poll::Ready(outcome) = up.as_mut().poll(cx) {
@@ -65,26 +69,47 @@ struct Side<'a> {
 }
 
 impl Side<'_> {
-    async fn copy<R, W>(&self, inbox: &mut Inbox, reader: &mut R, writer: &mut W) -> io::Result<()>
-    where
-        R: AsyncRead + Unpin,
-        W: AsyncWrite + Unpin,
-    {
+    async fn copy<R: Transport, W: Transport>(
+        &self,
+        inbox: &mut Inbox,
+        mut reader: &Shared<R>,
+        mut writer: &Shared<W>,
+    ) -> io::Result<()> {
+        let can_splice = reader.is_socket() && writer.is_socket();
+        let mut full = 0;
         self.note_traffic();
         loop {
-            if inbox.is_empty() && inbox.fill(reader).await? == 0 {
+            if inbox.is_empty() && inbox.fill(&mut reader).await? == 0 {
                 return writer.shutdown().await;
             }
-            self.note_traffic();
-            if self.is_up
-                && let Some(sandbox) = self.sandbox
+            let len = inbox.data().len();
+            self.note_received(len);
+            write_both(&mut writer, inbox.data(), &[], || self.note_traffic()).await?;
+            inbox.consume(len);
+            full = if len >= FULL_BYTES { full + 1 } else { 0 };
+            if can_splice
+                && full == FULL_MIN
+                && let Some(pipe) = Pipe::open()
             {
-                self.worker.knock(sandbox);
+                let on_received = |count| {
+                    self.worker.counters.bytes_spliced.add(count as u64);
+                    self.note_received(count);
+                };
+                if matches!(pipe.carry(reader, writer, on_received, || self.note_traffic()).await?, Pause::End) {
+                    return writer.shutdown().await;
+                }
             }
-            self.count.add(inbox.data().len() as u64);
-            write_both(writer, inbox.data(), &[], || self.note_traffic()).await?;
-            inbox.consume(inbox.data().len());
         }
+    }
+
+    fn note_received(&self, count: usize) {
+        self.note_traffic();
+        if self.is_up
+            && let Some(sandbox) = self.sandbox
+        {
+            self.worker.knock(sandbox);
+        }
+        self.count.add(count as u64);
     }
 
     /// One deadline for both directions: a tunnel that only talks one way is not idle.

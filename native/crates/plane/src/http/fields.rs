@@ -159,7 +159,8 @@ fn field(head: &[u8], start: usize, end: usize) -> Result<Field, HeadError> {
     if name_len == 0 || line.get(name_len) != Some(&b':') {
         return Err(HeadError::Malformed("A header field has a bad name, or is folded."));
     }
-    if !line[name_len + 1..].iter().all(|&b| is_value(b)) {
+    // Without an early exit, so that it is done for many bytes at once.
+    if line[name_len + 1..].iter().fold(false, |is_bad, &b| is_bad | !is_value(b)) {
         return Err(HeadError::Malformed("A header field has a control character."));
     }
     let name = Name::of(&line[..name_len]);
@@ -183,8 +184,19 @@ fn field(head: &[u8], start: usize, end: usize) -> Result<Field, HeadError> {
 
 /// A character of a token (RFC 9110, 5.6.2).
 pub fn is_token(b: u8) -> bool {
-    b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b)
+    TOKEN[b as usize]
 }
+
+const TOKEN: [bool; 256] = {
+    let mut table = [false; 256];
+    let mut b = 0;
+    while b < table.len() {
+        table[b] = matches!(b as u8, b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z')
+            || matches!(b as u8, b'!' | b'#'..=b'\'' | b'*' | b'+' | b'-' | b'.' | b'^'..=b'`' | b'|' | b'~');
+        b += 1;
+    }
+    table
+};
 
 fn is_value(b: u8) -> bool {
     b >= b' ' && b != 0x7f || b == b'\t'

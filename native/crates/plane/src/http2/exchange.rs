@@ -22,6 +22,7 @@ use super::request::{Head, push};
 use crate::http::body::{Body, Piece};
 use crate::http::fields::{self, Field, Name};
 use crate::http::{Framing, find_end, response};
+use crate::net::Transport;
 
 /// Most bytes given to HTTP/2 at once.
 const SEND_BYTES_MAX: usize = 64 * 1024;
@@ -237,6 +238,8 @@ fn header_map(head: &[u8], fields: &[Field]) -> HeaderMap {
     }
     map
 }
+
+impl Transport for Exchange {}
 
 impl AsyncRead for Exchange {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
