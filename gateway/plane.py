@@ -34,6 +34,6 @@ def plane_argv(settings: Settings) -> list[str | Path]:
     if settings.plane_workers:
         argv += ["--workers", str(settings.plane_workers)]
     for name, value in asdict(settings).items():
-        if name.startswith("plane_") and name != "plane_workers":
+        if name.startswith("plane_") and name != "plane_workers" and value != "":
             argv += [f"--{name.removeprefix('plane_').replace('_', '-')}", str(value)]
     return argv

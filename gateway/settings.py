@@ -147,6 +147,15 @@ class Settings:
     )
     plane_wake_waiting_max: Annotated[int, Row("Requests that wait for one sandbox to wake up.", least=0)] = 256
     plane_wake_timeout_s: Annotated[float, Row("Time a request waits for its sandbox to wake up.", least=0.25)] = 30.0
+    plane_access_log: Annotated[
+        str, Row("File for a JSON line per request, previews included; `-`: the plane's log in logs/; empty: none.")
+    ] = ""
+    plane_access_log_share: Annotated[
+        float, Row("Share of the requests that it notes; those that fail are always noted.", least=0, most=1)
+    ] = 1.0
+    plane_metric_sandboxes_max: Annotated[
+        int, Row("Sandboxes with metrics of their own, the busiest ones; all others share one.", least=0, most=1000)
+    ] = 20
     plane_hand_over_timeout_s: Annotated[
         float, Row("Time open WebSockets and requests get to end in a plane that has been replaced.", least=0)
     ] = 3600.0

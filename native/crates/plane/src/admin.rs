@@ -1,5 +1,6 @@
 //! The admin listener: `/healthz`, `/readyz`, `/metrics`. For operators; never exposed to strangers.
 
+use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -10,6 +11,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::time::timeout;
 
+use crate::busiest::Busiest;
+use crate::config::Config;
 use crate::http::body::{Body, Piece};
 use crate::http::{find_end, request, response};
 use crate::metrics::Metrics;
@@ -24,12 +27,11 @@ const API_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// What the admin listener tells about.
 pub struct Admin {
-    /// Routes.
-    pub table: Arc<Table>,
-    /// Counters.
-    pub metrics: Arc<Metrics>,
-    /// The API's socket.
-    pub api_socket: PathBuf,
+    table: Arc<Table>,
+    metrics: Arc<Metrics>,
+    api_socket: PathBuf,
+    busiest: RefCell<Busiest>,
+    sandboxes_max: usize,
 }
 
 struct Page {
@@ -43,6 +45,12 @@ fn text(status: &'static str, body: impl Into<Vec<u8>>) -> Page {
 }
 
 impl Admin {
+    /// A listener that has not begun.
+    pub fn new(table: Arc<Table>, metrics: Arc<Metrics>, config: &Config) -> Self {
+        let (api_socket, sandboxes_max) = (config.api_socket.clone(), config.metric_sandboxes_max);
+        Self { table, metrics, api_socket, busiest: RefCell::default(), sandboxes_max }
+    }
+
     /// Serves for ever.
     pub async fn serve(self: Rc<Self>, listener: TcpListener) {
         loop {
@@ -113,7 +121,9 @@ impl Admin {
 
     /// Our own figures and, if it answers, the API's.
     async fn metrics(&self) -> Page {
-        let mut body = self.metrics.render(&self.table).into_bytes();
+        let mut figures = self.metrics.render(&self.table);
+        self.busiest.borrow_mut().write(&mut figures, &self.table, self.sandboxes_max);
+        let mut body = figures.into_bytes();
         let api = self.ask_api("/metrics").await.filter(|(status, _)| *status == 200);
         let up = format!(
             "# HELP sandgate_plane_api_up Whether the API answers.\n# TYPE sandgate_plane_api_up gauge\nsandgate_plane_api_up {}\n",

@@ -52,6 +52,12 @@ pub struct Config {
     /// Append a JSON line per request to this file ("-" is standard output).
     #[arg(long)]
     pub access_log: Option<PathBuf>,
+    /// Which share of the requests the access log notes, from 0 to 1. Requests that fail are always noted.
+    #[arg(long, default_value_t = 1.0, value_parser = share)]
+    pub access_log_share: f64,
+    /// Sandboxes that have a metric of their own, those with most requests; all others share one.
+    #[arg(long, default_value_t = 20)]
+    pub metric_sandboxes_max: usize,
     /// Take over the listeners of the plane that serves at the control socket, if one does; it drains and ends.
     #[arg(long)]
     pub take_over: bool,
@@ -146,6 +152,10 @@ impl Config {
         let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         self.workers.unwrap_or_else(cores).max(1)
     }
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|share| (0.0..=1.0).contains(share)).ok_or_else(|| "not a number from 0 to 1".into())
 }
 
 /// Seconds as milliseconds; negative and absurd values become 0 and a century.

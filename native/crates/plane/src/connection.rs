@@ -193,8 +193,7 @@ impl<C: Transport> Session<'_, C> {
     }
 
     fn plan(&self, head: &[u8]) -> Result<Decision, Failure> {
-        self.watch.is_answering.set(false);
-        self.watch.began_ms.set(self.worker.now_ms());
+        self.watch.begin(self.worker.now_us());
         self.is_open.set(true);
         self.decide(head, |fields| {
             if self.worker.access_log.is_some() {
@@ -256,8 +255,10 @@ impl<C: Transport> Session<'_, C> {
 
     fn finished(&self, status: u16, code: Option<Code>, request_id: Option<String>) {
         let class = self.class.get();
+        let (whole_us, first_byte_us) = self.took_us();
         self.is_open.set(false);
         self.worker.counters.request(class, status);
+        self.worker.counters.took(class, first_byte_us, whole_us);
         if let Some(code) = code {
             self.worker.counters.failure(code);
         }
@@ -267,13 +268,21 @@ impl<C: Transport> Session<'_, C> {
             record.status = status;
             record.code = code.map(Code::name);
             record.request_id = request_id;
-            record.duration_ms = self.worker.now_ms().saturating_sub(self.watch.began_ms.get());
+            record.duration_ms = whole_us as f64 / 1e3;
+            record.first_byte_ms = first_byte_us as f64 / 1e3;
             log.borrow_mut().push(&record);
         }
     }
 
+    /// How long the current request has taken so far, and how long until its response began.
+    fn took_us(&self) -> (u64, u64) {
+        let (began, answered) = (self.watch.began_us.get(), self.watch.answered_us.get());
+        let whole = self.worker.now_us() - began;
+        (whole, if answered == 0 { whole } else { answered - began })
+    }
+
     async fn write(&self, bytes: &[u8]) -> std::io::Result<()> {
-        self.watch.is_answering.set(true);
+        self.watch.answer(self.worker.now_us());
         self.watch.down.set(Phase::Send, self.worker.after(self.worker.config.limits.send_timeout_s));
         let outcome = write_both(&mut &self.client, bytes, &[], || ()).await;
         self.watch.down.clear();
@@ -321,6 +330,9 @@ impl<C: Transport> Session<'_, C> {
         }
         self.watch.admission.replace(forward.admission.take());
         let outcome = exchange(self.worker, self.watch, &self.client, inbox, &forward).await;
+        if let Some(sandbox) = &forward.sandbox {
+            sandbox.live.seconds.observe(self.took_us().0);
+        }
         let exit = match outcome {
             Ok(Done::KeepAlive(status)) => {
                 self.finished(status, None, None);

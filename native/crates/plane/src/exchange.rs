@@ -292,7 +292,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
                 }
                 continue;
             }
-            self.watch.is_answering.set(true);
+            self.watch.answer(self.worker.now_us());
             let mut joining = None;
             if answer.is_switch {
                 self.send(&out.0).await?;

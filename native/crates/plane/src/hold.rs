@@ -12,25 +12,28 @@ use tokio::io::AsyncRead;
 
 use crate::buf::Inbox;
 use crate::failure::{Code, Failure};
-use crate::metrics::Count;
 use crate::prepare::{AnswerKind, Decision, Hold, Plan};
 use crate::wake::Place;
 use crate::watch::{Phase, Watch};
 use crate::worker::Worker;
 
-/// A held request in the count of its worker.
-struct Held<'a>(&'a Count);
+/// A held request in the figures of its worker.
+struct Held<'a> {
+    worker: &'a Worker,
+    since_us: u64,
+}
 
 impl<'a> Held<'a> {
-    fn new(count: &'a Count) -> Self {
-        count.add(1);
-        Self(count)
+    fn new(worker: &'a Worker) -> Self {
+        worker.counters.waiting.add(1);
+        Self { worker, since_us: worker.now_us() }
     }
 }
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        self.0.sub(1);
+        self.worker.counters.waiting.sub(1);
+        self.worker.counters.wake_waits.observe(self.worker.now_us() - self.since_us);
     }
 }
 
@@ -48,7 +51,7 @@ pub async fn hold<R: AsyncRead + Unpin>(
     let Some(place) = Place::take(&hold.sandbox.wake, limits.wake_waiting_max) else {
         return Some(Ok(Plan::Answer(hold.refused(Code::TooManyWaiting))));
     };
-    let _held = Held::new(&worker.counters.waiting);
+    let _held = Held::new(worker);
     watch.down.set(Phase::Wake, worker.after(limits.wake_timeout_s));
     let decided = async {
         loop {

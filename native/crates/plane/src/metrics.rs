@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::failure::{CODES, Code};
+use crate::histogram::{self, Figures, Histogram};
 use crate::streams::counters::{self, StreamCounters};
 use crate::table::Table;
 use crate::watch::{Phase, TIMEOUTS};
@@ -24,7 +25,8 @@ impl Count {
         self.add(amount.wrapping_neg());
     }
 
-    pub(crate) fn get(&self) -> u64 {
+    /// Its value.
+    pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
@@ -51,6 +53,10 @@ pub struct Counters {
     requests: [[Count; 6]; 3],
     failures: [Count; CODES],
     timeouts: [Count; TIMEOUTS.len() + 1],
+    durations: [Histogram; 3],
+    first_bytes: [Histogram; 3],
+    /// How long requests waited for their sandbox to wake up.
+    pub wake_waits: Histogram,
     /// Connections accepted.
     pub accepted: Count,
     /// Connections open.
@@ -87,6 +93,12 @@ impl Counters {
     /// Counts an answered request.
     pub fn request(&self, class: Class, status: u16) {
         self.requests[class as usize][usize::from(status / 100).min(5)].add(1);
+    }
+
+    /// Counts how long a request took, and how long until its response began.
+    pub fn took(&self, class: Class, first_byte_us: u64, whole_us: u64) {
+        self.first_bytes[class as usize].observe(first_byte_us);
+        self.durations[class as usize].observe(whole_us);
     }
 
     /// Whether any connection is open.
@@ -174,6 +186,7 @@ impl Metrics {
             let count = self.sum(|worker| &worker.timeouts[phase as usize]);
             let _ = writeln!(out, "sandgate_plane_timeouts_total{{wait=\"{name}\"}} {count}");
         }
+        self.render_histograms(&mut out);
         let mut one = |name: &str, kind: &str, help: &str, value: u64| {
             let _ = writeln!(
                 out,
@@ -204,6 +217,31 @@ impl Metrics {
         let streams: Vec<_> = self.workers.iter().map(|worker| &worker.streams).collect();
         counters::render(&mut out, &streams);
         out
+    }
+}
+
+impl Metrics {
+    fn render_histograms(&self, out: &mut String) {
+        let mut by_class = |name: &str, help: &str, pick: fn(&Counters) -> &[Histogram; 3]| {
+            histogram::write_head(out, name, help);
+            for (class, label) in CLASSES {
+                let figures = Figures::sum(self.workers.iter().map(|worker| &pick(worker)[class as usize]));
+                figures.write(out, name, &format!("class=\"{label}\""));
+            }
+        };
+        by_class(
+            "sandgate_plane_request_seconds",
+            "Time from a request's header to the end of its response.",
+            |worker| &worker.durations,
+        );
+        by_class(
+            "sandgate_plane_first_byte_seconds",
+            "Time from a request's header to the header of its response.",
+            |worker| &worker.first_bytes,
+        );
+        let name = "sandgate_plane_wake_seconds";
+        histogram::write_head(out, name, "Time requests waited for their sandbox to wake up.");
+        Figures::sum(self.workers.iter().map(|worker| &worker.wake_waits)).write(out, name, "");
     }
 }
 

@@ -97,7 +97,7 @@ pub fn run(config: Config) -> io::Result<()> {
         tokio::task::spawn_local(wake::serve(Rc::clone(&control), Arc::clone(&table), knocked, patience));
         let admin = match admin_listener {
             Some(listener) => {
-                let admin = Rc::new(Admin { table, metrics, api_socket: config.api_socket.clone() });
+                let admin = Rc::new(Admin::new(table, metrics, &config));
                 Some(tokio::task::spawn_local(admin.serve(tokio::net::TcpListener::from_std(listener)?)))
             }
             None => None,
@@ -260,7 +260,8 @@ fn start_workers(shared: &Shared, metrics: &Metrics, listeners: Vec<Vec<Listener
         .into_iter()
         .enumerate()
         .map(|(index, own)| {
-            let access_log = shared.config.access_log.as_deref().map(AccessLog::open).transpose()?;
+            let open = |path| AccessLog::open(path, shared.config.access_log_share);
+            let access_log = shared.config.access_log.as_deref().map(open).transpose()?;
             let (shared, counters) = (shared.clone(), metrics.worker(index));
             std::thread::Builder::new()
                 .name(format!("worker-{index}"))

@@ -14,6 +14,7 @@ use arc_swap::ArcSwap;
 use sandgate_hosts::access::{Digest, Grant, Key};
 use sandgate_hosts::host::SandboxName;
 
+use crate::histogram::SandboxHistogram;
 use crate::policy::Policy;
 use crate::wake::Wake;
 
@@ -63,6 +64,8 @@ pub struct Live {
     pub is_active: AtomicBool,
     /// Requests and tunnels open now.
     pub in_flight: AtomicU32,
+    /// How long its requests took.
+    pub seconds: SandboxHistogram,
 }
 
 /// One sandbox as pushed.

@@ -104,8 +104,10 @@ pub struct Watch {
     pub up: Deadline,
     /// Upstream towards client.
     pub down: Deadline,
-    /// When the current request began, in the worker's milliseconds.
-    pub began_ms: Cell<u64>,
+    /// When the current request began, and when its response did (0: not yet), in the worker's microseconds.
+    pub began_us: Cell<u64>,
+    /// See there.
+    pub answered_us: Cell<u64>,
     /// Whether the first byte of a response has been sent.
     pub is_answering: Cell<bool>,
     /// The protocol can tell the client that the connection ends, before it does.
@@ -132,9 +134,22 @@ impl Watch {
         .await
     }
 
-    /// Whether the request of `began_ms` waits for a sandbox that has not begun to answer.
+    /// Whether the request of `began_us` waits for a sandbox that has not begun to answer.
     pub fn is_unanswered(&self) -> bool {
         matches!(self.down.phase(), Phase::Connect | Phase::Response)
+    }
+
+    /// Notes that a request begins.
+    pub fn begin(&self, now_us: u64) {
+        self.is_answering.set(false);
+        self.began_us.set(now_us);
+        self.answered_us.set(0);
+    }
+
+    /// Notes that its response begins.
+    pub fn answer(&self, now_us: u64) {
+        self.is_answering.set(true);
+        self.answered_us.set(now_us);
     }
 
     fn finish(&self, end: End) {

@@ -174,6 +174,11 @@ impl Worker {
         self.now_ms.get()
     }
 
+    /// Microseconds since the worker started, as of now.
+    pub fn now_us(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64
+    }
+
     /// Unix seconds, as of the last sweep.
     pub fn wall_s(&self) -> f64 {
         self.wall_s.get()
@@ -203,7 +208,7 @@ impl Worker {
 
     /// Has a sandbox woken that fell asleep just as a request reached it.
     fn knock_for(&self, watch: &Watch) {
-        let is_fresh = self.now_ms().saturating_sub(watch.began_ms.get()) < CROSSING_MS;
+        let is_fresh = self.now_ms().saturating_sub(watch.began_us.get() / 1000) < CROSSING_MS;
         if is_fresh
             && watch.is_unanswered()
             && let Some(admission) = &*watch.admission.borrow()
