@@ -67,7 +67,7 @@ class PlaneRoutes:
     async def push_running(self, sandbox_id: str, address: str) -> None:
         """See `Routes.push_running`."""
         route, version = await self._route(sandbox_id)
-        if route is None:
+        if route is None or (route.state, route.address) == ("running", address):
             return
         try:
             # Older than any change that is still to be committed, so none of those is lost.

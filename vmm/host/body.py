@@ -175,7 +175,7 @@ class Body:
         parts, old_image = self._parts, self.record.image
         parts.make_room(self.record.spec.memory_mib)
         async with parts.images.open(parts.images.find(snapshot)) as files:
-            unit = await parts.units.restore(self.record.spec, files)
+            unit = await parts.units.restore(self.record.spec, files, is_own=True)
         point("restore.complete")
         state = MachineState.RUNNING
         self._commit(unit, state=state, snapshot=snapshot, image=None, frozen_at=None, last_active_at=time.time())
@@ -265,7 +265,7 @@ class Body:
         self.tell()
         try:
             async with parts.images.open(image) as files:
-                unit = await parts.units.restore(self.record.spec, files)
+                unit = await parts.units.restore(self.record.spec, files, is_own=True)
             point("wake.restored")
             state = MachineState.RUNNING
             self._commit(unit, state=state, image=None, frozen_at=None, last_active_at=time.time())

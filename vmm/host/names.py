@@ -36,18 +36,18 @@ async def write_names(
     spec: MachineSpec,
     placement: Placement,
     *,
+    keeps_env: bool = False,
     token: str | None = None,
     hooks: HookStage | None = None,
 ) -> HooksRun:
     """Tell a machine who it is, whoever it was before. Raises VmmError when its agent refuses or does not answer.
 
+    keeps_env: leave its variables as they are in its memory.
     token: what later connections to its agent have to show; the one in use stays. hooks: run these once it knows.
     """
     op: dict[str, Any] = {
         "op": "identity",
         "hostname": spec.hostname,
-        "reset": True,
-        "env": dict(spec.env),
         "entropy": secrets.token_hex(_ENTROPY_BYTES),
         "files": {
             "/etc/hostname": f"{spec.hostname}\n",
@@ -56,6 +56,8 @@ async def write_names(
             "/etc/resolv.conf": _resolv_conf(placement.resolvers),
         },
     }
+    if not keeps_env:
+        op |= {"reset": True, "env": dict(spec.env)}
     if token is not None:
         op["token"] = token
     if hooks is not None:

@@ -60,8 +60,11 @@ class Units:
             point("start.started")
             return await self._introduce(spec, unit, placement, token, Origin.COLD)
 
-    async def restore(self, spec: MachineSpec, image: ImageFiles) -> Unit:
-        """A unit that goes on where the image was saved, under this machine's name."""
+    async def restore(self, spec: MachineSpec, image: ImageFiles, *, is_own: bool = False) -> Unit:
+        """A unit that goes on where the image was saved, under this machine's name.
+
+        is_own: it is this machine that was saved, so its memory has what was set of its variables since it was made.
+        """
         if Shape.of(spec) != image.shape:
             raise MachineError("snapshot_incompatible", "the snapshot is of a machine of another template or size")
         unit = str(uuid.uuid4())
@@ -70,7 +73,7 @@ class Units:
             point("restore.prepared")
             placement = await self._driver.restore(unit, image)
             point("restore.restored")
-            return await self._introduce(spec, unit, placement, image.token, Origin.RESTORED)
+            return await self._introduce(spec, unit, placement, image.token, Origin.RESTORED, keeps_env=is_own)
 
     def join(self, unit: str, token: str, placement: Placement, origin: Origin, *, is_held: bool = False) -> Unit:
         """A unit that exists already, with a line that is being made, or is held until the unit runs."""
@@ -118,7 +121,16 @@ class Units:
             self.destroy_later(unit)
             raise
 
-    async def _introduce(self, spec: MachineSpec, unit: str, placement: Placement, token: str, origin: Origin) -> Unit:
+    async def _introduce(
+        self,
+        spec: MachineSpec,
+        unit: str,
+        placement: Placement,
+        token: str,
+        origin: Origin,
+        *,
+        keeps_env: bool = False,
+    ) -> Unit:
         """Wait for its agent and tell it who it is. A copy gets a token of its own: the image's is shared."""
         is_copy = origin is Origin.RESTORED
         new_token = secrets.token_hex(32) if is_copy else token
@@ -131,6 +143,7 @@ class Units:
                     line,
                     spec,
                     placement,
+                    keeps_env=keeps_env,
                     token=new_token if is_copy else None,
                     hooks=HookStage.AFTER_RESTORE if is_copy else None,
                 )
