@@ -1,141 +1,51 @@
-"""hostd with fake units that outlive it, killed at named points: what the crash tests share."""
+"""Deaths at named points: the host to break, the operations that pass the points, and what has to hold afterwards."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import multiprocessing
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerContext
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import orjson
-
-from tests.support.fuse import Fuse
+from tests.support.fuse import HOSTD, NEWEST, UNITS, Fuse
 from vmm.client import HostClient
-from vmm.drivers.fake.keeper import KeptDriver
 from vmm.errors import LinkError, MachineError, VmmError
 from vmm.guest import Command
-from vmm.host import crash
-from vmm.host.config import HostConfig
-from vmm.host.server import serve
-from vmm.types import ChildSpec, MachineInfo, MachineSpec, MachineState, StopCause
+from vmm.types import ChildSpec, Fork, MachineInfo, MachineSpec, MachineState, StopCause
 
 STEADY = (MachineState.RUNNING, MachineState.FROZEN, MachineState.HIBERNATED)
+OVER = (MachineState.STOPPED, MachineState.FAILED)
 
 
-def _fork_server() -> ForkServerContext:
-    """hostd starts in milliseconds when its modules are there already; what is killed is a process all the same."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-class Keeper:
-    """The process that fake units live in."""
-
-    def __init__(self) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="sg-"))
-        self.socket_path = self.directory / "keeper.sock"
-        command = [sys.executable, "-m", "vmm.drivers.fake.keeper", str(self.socket_path)]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == b"ready\n"
-
-    def ask(self, call: str, *arguments: Any) -> Any:
-        """One call, without an event loop: hostd's stands still while its units are killed."""
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(self.socket_path))
-            connection.sendall(orjson.dumps({"n": 1, "call": call, "arguments": arguments}) + b"\n")
-            return orjson.loads(connection.makefile("rb").readline())["result"]
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.wait(10)
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-        shutil.rmtree(self.directory)
-
-
-def _run(home: str, socket_path: str, keeper_socket: str, ready: Any) -> None:
-    """hostd, in a process of its own."""
-    keeper = Keeper.__new__(Keeper)
-    keeper.socket_path = Path(keeper_socket)
-    crash.arm(Fuse(Path(home) / "fuse", lambda count: keeper.ask("end_newest", count)).on_point)
-    config = HostConfig(
-        home=Path(home),
-        socket_path=Path(socket_path),
-        memory_reserve_mib=0,
-        disk_reserve_mib=0,
-        hibernate_below_mib=0,
-    )
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for as long as the process lives
-    asyncio.run(serve(config, KeptDriver(Path(keeper_socket)), ready=ready.set))
-
-
-@dataclass
-class Host:
-    """hostd over a keeper. `kill` is kill -9."""
+class Host(Protocol):
+    """A hostd whose units outlive it. counter: a command that prints 1, 2, 3, …"""
 
     home: Path
-    keeper: Keeper
-    process: BaseProcess | None = None
-    fuse: Fuse = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.home.mkdir(parents=True)
-        self.socket_path = self.keeper.directory / f"{uuid.uuid4().hex[:8]}.sock"
-        self.fuse = Fuse(self.home / "fuse", lambda _: None)
+    fuse: Fuse
+    counter: Sequence[str]
 
     async def start(self) -> None:
-        context = _fork_server()
-        ready = context.Event()
-        arguments = (str(self.home), str(self.socket_path), str(self.keeper.socket_path), ready)
-        self.process = context.Process(target=_run, args=arguments, daemon=True)
-        self.process.start()
-        assert await asyncio.to_thread(ready.wait, 20), "hostd did not start"
+        """Start it, for the first time or again."""
+        ...
 
     async def has_died(self) -> None:
         """Wait for its death and bury it."""
-        assert self.process is not None
-        await asyncio.to_thread(self.process.join, 20)
-        assert self.process.exitcode == -9
-        self.process = None
+        ...
 
-    async def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            await asyncio.to_thread(self.process.join, 20)
-        self.socket_path.unlink(missing_ok=True)
+    def spec(self, machine_id: str, **fields: Any) -> MachineSpec:
+        """A small machine."""
+        ...
 
     def units(self) -> set[str]:
-        """All that the driver runs, whoever owns it."""
-        return set(self.keeper.ask("units"))
+        """All that the driver has, whoever owns it."""
+        ...
 
-    def images(self) -> set[str]:
-        """All that lies in the images' directory."""
-        return {path.name for path in (self.home / "host" / "images").glob("*")}
-
-
-@contextlib.contextmanager
-def keeper() -> Iterator[Keeper]:
-    """For the duration of a test."""
-    process = Keeper()
-    try:
-        yield process
-    finally:
-        process.stop()
+    def alive(self) -> set[str]:
+        """Those of them in which something executes, or would if it were not frozen."""
+        ...
 
 
 @dataclass
@@ -151,9 +61,9 @@ class Scene:
 
     async def set(self) -> None:
         """Everything up to the operation."""
-        await self.client.create_machine(spec(self.machine), deadline=soon())
+        await self.client.create_machine(self.host.spec(self.machine), deadline=soon())
         agent = self.client.agent(self.machine)
-        await agent.exec("count", Command(argv=["count", "0.002"], background=True), deadline=soon())
+        await agent.exec("count", Command(argv=self.host.counter, background=True), deadline=soon())
         await agent.write("/workspace/f", b"old", deadline=soon())
         await self.client.create_snapshot(self.snapshot, self.machine, deadline=soon())
         await agent.write("/workspace/f", b"new", deadline=soon())
@@ -193,12 +103,12 @@ class Scene:
         """All machines, once none of them is on its way anywhere and no death is unnoticed."""
         deadline = soon(30)
         while True:
-            units = self.host.units()
+            alive = self.host.alive()
             machines = await self.client.list_machines(deadline=soon())
             moving = [
                 machine
                 for machine in machines
-                if machine.state not in OVER and (machine.state not in STEADY or machine.unit not in {None, *units})
+                if machine.state not in OVER and (machine.state not in STEADY or machine.unit not in {None, *alive})
             ]
             if not moving:
                 return machines
@@ -215,7 +125,7 @@ class Scene:
             snapshots = await self.client.list_snapshots(deadline=soon())
             hibernated = sum(machine.state is MachineState.HIBERNATED for machine in live)
             ready = sum(snapshot.state == "ready" for snapshot in snapshots)
-            images = self.host.images()
+            images = {path.name for path in (self.host.home / "host" / "images").glob("*")}
             # A hibernated machine may share its image with the snapshot that was taken of it.
             if self.host.units() == units and max(hibernated, ready) <= len(images) <= hibernated + ready:
                 break
@@ -223,13 +133,6 @@ class Scene:
             await asyncio.sleep(0.02)
         drafts = [path for path in (self.host.home / "host").rglob("*") if path.suffix in (".new", ".draft")]
         assert drafts == []
-
-
-OVER = (MachineState.STOPPED, MachineState.FAILED)
-
-
-def spec(machine_id: str, **fields: Any) -> MachineSpec:
-    return MachineSpec(id=machine_id, template="default", hostname="m", memory_mib=128, **fields)
 
 
 def child(machine_id: str) -> ChildSpec:
@@ -249,7 +152,7 @@ async def ending(work: Awaitable[object]) -> VmmError | None:
     return None
 
 
-Operation = Callable[[Scene], Awaitable[object]]
+Operation = Callable[[Scene], Any]
 
 
 async def _paused(scene: Scene, *, hibernate: bool) -> None:
@@ -270,3 +173,181 @@ async def running(_: Scene) -> None:
 
 def destroy(scene: Scene) -> Awaitable[bool]:
     return scene.client.destroy_machine(scene.machine, StopCause.REQUESTED, deadline=soon())
+
+
+FREEZE = ["freeze.written", "freeze.frozen"]
+PUBLISH = ["image.drafted", "image.published"]
+HIBERNATE = ["hibernate.written", *PUBLISH, "hibernate.saved", "hibernate.committed"]
+MAKE = ["restore.prepared", "restore.restored"]
+SNAPSHOT = ["snapshot.written", "save.held", "save.saved", *PUBLISH, "snapshot.ready"]
+RESTORE = [*MAKE, "restore.complete", "restore.written"]
+WAKE = ["wake.written", *MAKE, "wake.restored", "wake.committed"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """before: brings the machine to where the operation starts.  labels: the points it passes, in order."""
+
+    before: Operation
+    act: Operation
+    labels: list[str]
+
+
+def create(scene: Scene) -> Awaitable[object]:
+    return scene.client.create_machine(scene.host.spec(scene.other), deadline=soon())
+
+
+def create_from_snapshot(scene: Scene) -> Awaitable[object]:
+    return scene.client.create_machine(scene.host.spec(scene.other, snapshot=scene.snapshot), deadline=soon())
+
+
+def pause(scene: Scene) -> Awaitable[object]:
+    return scene.client.pause_machine(scene.machine, deadline=soon())
+
+
+def hibernate(scene: Scene) -> Awaitable[object]:
+    return scene.client.pause_machine(scene.machine, hibernate=True, deadline=soon())
+
+
+def resume(scene: Scene) -> Awaitable[object]:
+    return scene.client.resume_machine(scene.machine, deadline=soon())
+
+
+def snapshot(scene: Scene) -> Awaitable[object]:
+    return scene.client.create_snapshot(scene.other, scene.machine, deadline=soon())
+
+
+def restore(scene: Scene) -> Awaitable[object]:
+    return scene.client.restore_machine(scene.machine, scene.snapshot, deadline=soon())
+
+
+def fork(scene: Scene) -> Awaitable[object]:
+    return scene.client.fork_machine(scene.machine, [child(each) for each in scene.children], deadline=soon())
+
+
+def delete_snapshot(scene: Scene) -> Awaitable[object]:
+    return scene.client.delete_snapshot(scene.snapshot, deadline=soon())
+
+
+CASES: dict[str, Case] = {
+    "create": Case(running, create, ["start.started", "boot.written"]),
+    "create-from-snapshot": Case(running, create_from_snapshot, [*MAKE, "boot.written"]),
+    "pause": Case(running, pause, FREEZE),
+    "hibernate": Case(running, hibernate, [*FREEZE, *HIBERNATE]),
+    "hibernate-frozen": Case(frozen, hibernate, HIBERNATE),
+    "resume-frozen": Case(frozen, resume, ["thaw.written", "thaw.thawed"]),
+    "resume-hibernated": Case(hibernated, resume, WAKE),
+    "use-hibernated": Case(hibernated, Scene.content, WAKE),
+    "snapshot": Case(running, snapshot, SNAPSHOT),
+    "snapshot-frozen": Case(frozen, snapshot, SNAPSHOT),
+    "snapshot-hibernated": Case(hibernated, snapshot, ["snapshot.written", "snapshot.ready"]),
+    "restore": Case(running, restore, RESTORE),
+    "restore-frozen": Case(frozen, restore, RESTORE),
+    "restore-hibernated": Case(hibernated, restore, RESTORE),
+    "fork": Case(running, fork, ["save.held", "save.saved", *PUBLISH, *MAKE, "boot.written"]),
+    "fork-hibernated": Case(hibernated, fork, [*MAKE, "boot.written"]),
+    "destroy": Case(running, destroy, ["end.written", "end.freed"]),
+    "destroy-hibernated": Case(hibernated, destroy, ["end.written", "end.freed"]),
+    "delete-snapshot": Case(running, delete_snapshot, ["snapshot.forgotten"]),
+}
+
+#: Operations that make a unit besides the one there is.
+MAKING = ("create-from-snapshot", "restore", "restore-frozen", "restore-hibernated", "fork", "fork-hibernated")
+
+DEATHS = [
+    (name, label, victim)
+    for name, case in CASES.items()
+    for label in case.labels
+    for victim in (HOSTD, UNITS, *([NEWEST] if name in MAKING else []))
+]
+
+
+async def die(here: Scene, name: str, label: str, victim: str) -> None:
+    """Do an operation that a death at a label cuts short, and check what is left of it."""
+    case = CASES[name]
+    await case.before(here)
+    here.host.fuse.light(label, victim)
+    acting = asyncio.create_task(ending(case.act(here)))
+    if victim == HOSTD:
+        await here.host.has_died()
+        acting.cancel()
+        await asyncio.wait([acting])
+        await here.host.start()
+    else:
+        await acting
+    await here.settled()
+    machine = await here.info()
+    if name.startswith("destroy"):
+        await check_gone_or_whole(here, machine, victim)
+    elif machine is not None and machine.state in OVER:
+        assert may_end(name, label, victim), machine
+        assert machine.cause is StopCause.KILLED
+    else:
+        await check_whole(here, name, machine)
+    await check_others(here, victim)
+    await here.check_nothing_left()
+    if victim == HOSTD:
+        await check_again(here, name, case)
+
+
+async def check_whole(here: Scene, name: str, machine: MachineInfo | None) -> None:
+    """The machine is in a state that it can be used from, and what is in it is of one moment."""
+    assert machine is not None
+    assert machine.state in STEADY
+    content = await here.content()
+    assert content in (("new", "old") if name.startswith("restore") else ("new",))
+    await here.check_counter()
+
+
+async def check_gone_or_whole(here: Scene, machine: MachineInfo | None, victim: str) -> None:
+    assert machine is not None
+    if machine.state in OVER:
+        assert machine.cause in (StopCause.REQUESTED, StopCause.KILLED)
+    else:
+        assert victim == HOSTD
+        await here.check_counter()
+
+
+def may_end(name: str, label: str, victim: str) -> bool:
+    """Whether the death took the only copy of the machine with it."""
+    if victim == HOSTD:
+        return False
+    if name.startswith("hibernate"):
+        return label not in (*PUBLISH, "hibernate.saved", "hibernate.committed")
+    if name in ("resume-hibernated", "use-hibernated", "restore-hibernated"):
+        return label in ("wake.restored", "wake.committed", "restore.complete", "restore.written")
+    if victim == NEWEST and name.startswith("restore"):
+        return label in ("restore.complete", "restore.written")
+    return name not in ("snapshot-hibernated", "fork-hibernated", "destroy-hibernated")
+
+
+async def check_others(here: Scene, victim: str) -> None:
+    """What the operation makes is there whole, or not at all."""
+    for machine_id in (here.other, *here.children):
+        machine = await here.info(machine_id)
+        if machine is not None and machine.state not in OVER:
+            assert machine.state is MachineState.RUNNING
+            await here.client.agent(machine_id).stat("/", deadline=soon())
+        elif machine is not None:
+            assert victim != HOSTD
+    for taken in await here.client.list_snapshots(deadline=soon()):
+        assert taken.state in ("ready", "error")
+        if taken.state == "ready" and taken.id != here.snapshot:
+            copy = await here.client.create_machine(
+                here.host.spec(str(uuid.uuid4()), snapshot=taken.id), deadline=soon()
+            )
+            assert await here.content(copy.id) == "new"
+            await here.check_counter(copy.id)
+            await here.client.destroy_machine(copy.id, StopCause.REQUESTED, deadline=soon())
+
+
+async def check_again(here: Scene, name: str, case: Case) -> None:
+    """Whoever asked asks again, with the same ids, and gets what was asked for."""
+    machine = await here.info()
+    if name.startswith("destroy") and machine is not None and machine.state in OVER:
+        return
+    result = await case.act(here)
+    if isinstance(result, Fork):
+        assert [each.id for each in result.machines] == list(here.children)
+        assert all(isinstance(each, MachineInfo) for each in result.machines)
+    await here.check_nothing_left()

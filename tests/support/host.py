@@ -91,6 +91,15 @@ class HostProcess:
         """Kill it as a crash would; its machines go on."""
         self._signal(signal.SIGKILL)
 
+    def bury(self) -> None:
+        """Wait for a death that was arranged for it."""
+        process, self.process = self.process, None
+        assert process is not None
+        assert process.wait(_STOP_TIMEOUT_S) == -signal.SIGKILL
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+
     async def stop(self) -> None:
         """Let it end its machines and itself."""
         if self.process is not None:

@@ -10,14 +10,17 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
 
 import uvloop
 
-from vmm.drivers.gvisor.config import GvisorConfig
+from tests.support.fuse import Fuse
+from vmm.drivers.gvisor.config import GvisorConfig, instance_id
 from vmm.drivers.gvisor.driver import GvisorDriver
+from vmm.host import crash
 from vmm.host.config import HostConfig
 from vmm.host.server import serve
 from vmm.templates.store import TemplateStore
@@ -25,6 +28,7 @@ from vmm.templates.store import TemplateStore
 
 async def _main(settings: dict[str, dict[str, object]]) -> None:
     home = Path(str(settings["host"].pop("home")))
+    crash.arm(Fuse(home / "fuse", lambda count: _kill_sandboxes(instance_id(home), count)).on_point)
     socket_path = Path(str(settings["host"].pop("socket_path")))
     config = HostConfig(home, socket_path, **settings["host"])  # type: ignore[arg-type]
     templates = TemplateStore(Path(str(settings["templates"]["cache"])), Path(str(settings["templates"]["agent"])))
@@ -36,6 +40,18 @@ async def _main(settings: dict[str, dict[str, object]]) -> None:
     loop.add_reader(sys.stdin.fileno(), lambda: loop.remove_reader(sys.stdin.fileno()) and task.cancel())
     with contextlib.suppress(asyncio.CancelledError):
         await serve(config, driver, ready=lambda: print("ready", flush=True))
+
+
+def _kill_sandboxes(instance: str, count: int) -> None:
+    """Those made last, as a crash of gVisor would end them."""
+    sandboxes = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_bytes()
+            if b"runsc-sandbox" in line and instance.encode() in line:
+                sandboxes.append(int(path.parent.name))
+    for pid in sorted(sandboxes)[-count:]:
+        os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def traces(home: Path) -> dict[str, list[str]]:
     prefix = f"sg{instance[:6]}-"
     tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout
     found = {
-        "processes": [pid for pid, line in _processes() if instance in line],
+        "processes": [pid for pid, line in processes() if instance in line],
         "interfaces": [path.name for path in Path("/sys/class/net").iterdir() if path.name.startswith(prefix)],
         "cgroups": [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/sandgate-{instance}")],
         "mounts": [line for line in Path("/proc/self/mounts").read_text().splitlines() if instance in line],
@@ -135,7 +135,8 @@ def traces(home: Path) -> dict[str, list[str]]:
     return {kind: things for kind, things in found.items() if things}
 
 
-def _processes() -> Iterator[tuple[str, str]]:
+def processes() -> Iterator[tuple[str, str]]:
+    """Id and command line of every process of the host."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
