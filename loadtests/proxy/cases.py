@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from loadtests.proxy import control, peers
+from loadtests.proxy.events import Background, to_nchan, to_plane
 from loadtests.proxy.peers import Endpoint, Site, Start
 
 #: As a browser sends them; with Host and the cookie, 13 headers of about 900 bytes.
@@ -34,8 +34,7 @@ HOSTS_ASKED = 10
 ROUTES = 1000
 CHANGES_PER_S = 1000
 
-Background = Callable[[Site, Endpoint], AbstractAsyncContextManager[dict[str, float]]]
-Quantity = Literal["per_core", "p50", "p99", "rate", "failures"]
+Quantity = Literal["per_core", "p50", "p99", "rate", "kib_each", "failures"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class Subject:
     """One side of a comparison.
 
     tool: the key in `peers.TOOLS` of what it needs. background: goes on during each run; what it yields is added to
-    the run's figures.
+    the run's figures. arguments: the load generator's, after the case's.
     """
 
     label: str
@@ -51,6 +50,7 @@ class Subject:
     tool: str | None = None
     background: Background | None = None
     routes: int = ROUTES
+    arguments: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,11 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One kind of load. unit: what per-core figures count. arguments: the load generator's, connection aside."""
+    """One kind of load. unit: what per-core figures count. arguments: the load generator's, connection aside.
+
+    host: asked instead of the sandboxes'. is_held: nothing is timed; the proxy's memory is looked at while the load's
+    connections are open.
+    """
 
     name: str
     about: str
@@ -77,6 +81,8 @@ class Case:
     unit: Literal["requests", "megabytes", "events"] = "requests"
     is_tls: bool = False
     is_latency: bool = True
+    is_held: bool = False
+    host: str | None = None
     headers: Sequence[str] = field(default=BROWSER_HEADERS)
 
 
@@ -208,5 +214,65 @@ CASES = (
             Bar("p50", "plane", "direct", at_most=500.0, is_difference=True),
             Bar("failures", "plane", None, at_most=0),
         ),
+    ),
+    Case(
+        name="sse-fan-out",
+        about="2,000 subscribers of one topic, 50 events of 200 bytes a second: 100,000 deliveries a second are due.",
+        arguments=("sse", "--path", "/events", "--subscribers", "2000"),
+        subjects=(
+            Subject("plane", peers.plane(), background=to_plane(50, 200)),
+            Subject("nchan", peers.nginx(), "nchan", background=to_nchan(50, 200)),
+        ),
+        bars=(
+            Bar("per_core", "plane", "nchan", at_least=1.3),
+            Bar("failures", "plane", None, at_most=0),
+        ),
+        unit="events",
+        host="localhost",
+        headers=(),
+    ),
+    Case(
+        name="sse-fan-out-80",
+        about="The same with 80 events a second: 160,000 deliveries a second are due.",
+        arguments=("sse", "--path", "/events", "--subscribers", "2000"),
+        subjects=(
+            Subject("plane", peers.plane(), background=to_plane(80, 200)),
+            Subject("nchan", peers.nginx(), "nchan", background=to_nchan(80, 200)),
+        ),
+        bars=(Bar("rate", "plane", None, at_least=150_000), Bar("failures", "plane", None, at_most=0)),
+        unit="events",
+        host="localhost",
+        headers=(),
+    ),
+    Case(
+        name="sse-stalled",
+        about="500 subscribers, 20 events of 8 KB a second, with and without ten more subscribers that never read.",
+        arguments=("sse", "--path", "/events", "--subscribers", "500"),
+        subjects=(
+            Subject("plane", peers.plane(), background=to_plane(20, 8192)),
+            Subject("plane, stalled", peers.plane(), background=to_plane(20, 8192), arguments=("--stalled", "10")),
+        ),
+        bars=(
+            Bar("p99", "plane, stalled", "plane", at_most=1.1),
+            Bar("failures", "plane, stalled", None, at_most=0),
+        ),
+        unit="events",
+        host="localhost",
+        headers=(),
+    ),
+    Case(
+        name="sse-idle",
+        about="15,000 subscribers to whom nothing is sent: what the process grows by for each, kernel memory left out.",
+        arguments=("sse", "--path", "/events", "--subscribers", "15000"),
+        subjects=(
+            Subject("plane", peers.plane(), background=to_plane(0.1, 200)),
+            Subject("nchan", peers.nginx(), "nchan", background=to_nchan(0.1, 200)),
+        ),
+        bars=(Bar("kib_each", "plane", None, at_most=4), Bar("failures", "plane", None, at_most=0)),
+        unit="events",
+        host="localhost",
+        headers=(),
+        is_latency=False,
+        is_held=True,
     ),
 )

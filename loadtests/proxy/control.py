@@ -56,6 +56,19 @@ class Control:
         if answer["t"] == "error":
             raise RuntimeError(f"the plane refused a record: {answer['message']}")
 
+    async def tell(self, message: dict[str, Any]) -> None:
+        """Send a message that is not acknowledged."""
+        await self._send([orjson.dumps(message, option=orjson.OPT_APPEND_NEWLINE)])
+
+    async def hear(self, kind: str) -> dict[str, Any]:
+        """Wait for a message of that kind; others are passed over."""
+        async with asyncio.timeout(_TIMEOUT_S):
+            while line := await self._reader.readline():
+                message: dict[str, Any] = orjson.loads(line)
+                if message["t"] == kind:
+                    return message
+        raise ConnectionError("the plane closed the control connection")
+
     async def _send(self, lines: Sequence[bytes]) -> None:
         self._writer.write(b"".join(lines))
         await self._writer.drain()

@@ -48,6 +48,25 @@ async def origin(directory: Path, listen: str = "127.0.0.1:0") -> AsyncIterator[
         yield Origin(**ports, pid=process.pid)
 
 
+@contextlib.asynccontextmanager
+async def held(arguments: Sequence[str | os.PathLike[str]]) -> AsyncIterator[dict[str, Any]]:
+    """Load that stands still, once it is ready, for the length of a block; yields what it says then."""
+    process = await asyncio.create_subprocess_exec(
+        _PROGRAM, *arguments, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            ready: dict[str, Any] = orjson.loads(await process.stdout.readline() or b"{}")
+        if "ready" not in ready:
+            raise BenchError(f"the load failed: {arguments}")
+        yield ready
+    finally:
+        process.stdin.close()
+        await process.wait()
+
+
 async def load(arguments: Sequence[str | os.PathLike[str]], *, seconds: float) -> dict[str, Any]:
     """Run one kind of load and return what it measured. Raises BenchError when it does not end or fails."""
     process = await asyncio.create_subprocess_exec(

@@ -37,8 +37,10 @@ def html(results: Sequence[Result], about: dict[str, Any]) -> str:
 def _section(result: Result) -> str:
     case = result.case
     labels = [subject.label for subject in case.subjects if result.runs.get(subject.label)]
-    per_core = [(label, result.spread(label, figure_of("per_core", case))) for label in labels]
-    plots = _bars(f"{case.unit} per core", [(label, of) for label, of in per_core if of is not None])
+    quantity = "kib_each" if case.is_held else "per_core"
+    figures = [(label, result.spread(label, figure_of(quantity, case))) for label in labels]
+    title = "KiB each" if case.is_held else f"{case.unit} per core"
+    plots = _bars(title, [(label, of) for label, of in figures if of is not None])
     if case.is_latency:
         plots += _latencies(result, labels)
     items = "".join(_item(result, index) for index in range(len(case.bars)))

@@ -121,6 +121,8 @@ def figure_of(quantity: str, case: Case) -> Callable[[Run], float | None]:
             return amount(case, run) / float(run["seconds"])
         if quantity == "failures":
             return float(failures(run))
+        if quantity == "kib_each":
+            return float(run["kib_each"])
         return float(run["latency_us"][quantity])
 
     return read
@@ -145,10 +147,12 @@ async def compare(case: Case, sites: Callable[[int], Site], plan: Plan, say: Cal
 
 async def _run(case: Case, subject: Subject, site: Site, endpoint: Endpoint, plan: Plan) -> Run:
     step = max(1, len(site.slugs) // HOSTS_ASKED)
-    hosts = site.directory / f"hosts-{len(site.slugs)}"
-    hosts.write_text("".join(f"{site.host(slug)}:{endpoint.port}\n" for slug in site.slugs[::step][:HOSTS_ASKED]))
-    arguments = [*case.arguments, "--connect", f"127.0.0.1:{endpoint.port}", "--hosts", str(hosts)]
-    arguments += ["--seconds", str(plan.seconds), "--warm-up-s", str(plan.warm_up_s)]
+    names = [case.host] if case.host else [site.host(slug) for slug in site.slugs[::step][:HOSTS_ASKED]]
+    hosts = site.directory / "hosts"
+    hosts.write_text("".join(f"{name}:{endpoint.port}\n" for name in names))
+    arguments = [*case.arguments, *subject.arguments]
+    arguments += ["--connect", f"127.0.0.1:{endpoint.port}", "--hosts", str(hosts)]
+    arguments += ["--seconds", str(0 if case.is_held else plan.seconds), "--warm-up-s", str(plan.warm_up_s)]
     for header in case.headers:
         # A handshake says "Connection: Upgrade" itself.
         if case.arguments[0] == "http" or not header.startswith("Connection:"):
@@ -162,8 +166,27 @@ async def _run(case: Case, subject: Subject, site: Site, endpoint: Endpoint, pla
         arguments += ["--proxy-pid", str(endpoint.pid)]
     background = subject.background(site, endpoint) if subject.background else contextlib.nullcontext({})
     async with background as figures:
+        if case.is_held:
+            return await _hold(endpoint, arguments)
         measured = await loadgen.load(arguments, seconds=plan.seconds + plan.warm_up_s)
         return {**measured, **figures}
+
+
+async def _hold(endpoint: Endpoint, arguments: Sequence[str]) -> Run:
+    """What the proxy's memory grows by, for each connection."""
+    before = _resident_kib(endpoint.pid)
+    async with loadgen.held(arguments) as said:
+        return {"kib_each": (_resident_kib(endpoint.pid) - before) / said["ready"], **said}
+
+
+def _resident_kib(pid: int | None) -> float:
+    """Resident memory of a process and its children."""
+    if pid is None:
+        return 0.0
+    status = Path(f"/proc/{pid}/status").read_text()
+    own = next(float(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return own + sum(_resident_kib(int(child)) for child in children)
 
 
 @contextlib.asynccontextmanager
@@ -178,6 +201,8 @@ async def _locked(path: Path | None) -> AsyncIterator[None]:
 
 
 def _line(case: Case, run: Run) -> str:
+    if case.is_held:
+        return f"{run['ready']:,} connections, {run['kib_each']:.2f} KiB each"
     rate, per_core = figure_of("rate", case)(run), figure_of("per_core", case)(run)
     text = f"{rate:,.0f} {case.unit}/s"
     if per_core is not None:

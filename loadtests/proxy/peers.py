@@ -47,11 +47,12 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A running proxy. pid none: no process is measured. control: the plane's control socket."""
+    """A running proxy. pid none: no process is measured. control, api: the plane's sockets."""
 
     port: int
     pid: int | None
     control: Path | None = None
+    api: Path | None = None
 
 
 Start = Callable[[Site], AbstractAsyncContextManager[Endpoint]]
@@ -82,7 +83,7 @@ def plane(program: Path = PLANE) -> Start:
             async with control.connected(sockets["control"]) as api:
                 for at in range(0, len(site.slugs), _BATCH):
                     await api.push([control.sandbox_record(slug) for slug in site.slugs[at : at + _BATCH]])
-            yield Endpoint(port, process.pid, sockets["control"])
+            yield Endpoint(port, process.pid, sockets["control"], sockets["api"])
 
     return start
 

@@ -8,7 +8,14 @@ from typing import Any
 from loadtests.proxy.cases import Bar
 from loadtests.proxy.pairs import Judged, Result, Spread, failures, figure_of
 
-_BARS = {"per_core": "per core", "p50": "p50", "p99": "p99", "rate": "rate", "failures": "failures"}
+_BARS = {
+    "per_core": "per core",
+    "p50": "p50",
+    "p99": "p99",
+    "rate": "rate",
+    "kib_each": "KiB each",
+    "failures": "failures",
+}
 
 
 def markdown(results: Sequence[Result], about: dict[str, Any]) -> str:
@@ -28,6 +35,8 @@ def machine(about: dict[str, Any]) -> str:
 
 def _case(result: Result) -> str:
     case = result.case
+    if case.is_held:
+        return "\n".join([*_held(result), "", *(describe(judged) for judged in map(result.judge, case.bars)), ""])
     base = case.subjects[0].label
     lines = [f"### {case.name}", "", case.about, ""]
     lines += [
@@ -37,6 +46,14 @@ def _case(result: Result) -> str:
     lines += [_row(result, subject.label, base) for subject in case.subjects if result.runs.get(subject.label)]
     lines += ["", *(describe(judged) for judged in map(result.judge, case.bars)), ""]
     return "\n".join(lines)
+
+
+def _held(result: Result) -> list[str]:
+    lines = [f"### {result.case.name}", "", result.case.about, "", "| | connections | KiB each |", "|---|---|---|"]
+    for label, runs in result.runs.items():
+        each = result.spread(label, figure_of("kib_each", result.case))
+        lines.append(f"| {label} | {runs[0]['ready']:,} | {spread_text(each)} |")
+    return lines
 
 
 def _row(result: Result, label: str, base: str) -> str:
@@ -63,7 +80,7 @@ def _number(of: Spread | None) -> str:
 
 
 def spread_text(of: Spread | None) -> str:
-    """A ratio with its range."""
+    """A median with its range."""
     return f"{of.median:.2f} [{of.least:.2f}..{of.most:.2f}]" if of else "–"
 
 

@@ -22,6 +22,8 @@ use crate::usage::{Usage, Watched};
 const READ_BYTES: usize = 64 * 1024;
 /// Room of a socket that nobody reads: little, or the kernel would hide the stall for long.
 const STALLED_RECEIVE_BYTES: usize = 4096;
+/// Subscriptions under way at once: who floods a server measures its queue of connections.
+const PENDING_MAX: usize = 128;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(clap::Args)]
@@ -61,23 +63,25 @@ pub fn run(options: &Options) -> io::Result<()> {
     let stalled: Vec<TcpStream> = (0..options.stalled)
         .map(|_| subscribe(options, &request, Some(STALLED_RECEIVE_BYTES)))
         .collect::<Result<_, _>>()?;
-    let mut subscribers = Vec::with_capacity(options.subscribers);
-    for token in 0..options.subscribers {
-        let socket = subscribe(options, &request, None)?;
-        epoll.add(&socket, token, false)?;
-        subscribers.push(Subscriber { socket, inbox: Vec::new(), coming: Coming::Head });
-    }
     let mut run = Run {
-        subscribers,
+        subscribers: Vec::with_capacity(options.subscribers),
         histogram: Histogram::new(),
         failures: Failures::default(),
         events: 0,
         bytes: 0,
         ready: 0,
+        failed: 0,
         content: Vec::new(),
     };
     let patience = Instant::now() + PATIENCE;
-    run.turn(&mut epoll, |run| run.ready == options.subscribers || Instant::now() > patience, patience)?;
+    let is_late = || Instant::now() > patience;
+    for token in 0..options.subscribers {
+        let socket = subscribe(options, &request, None)?;
+        epoll.add(&socket, token, false)?;
+        run.subscribers.push(Subscriber { socket, inbox: Vec::new(), coming: Coming::Head });
+        run.turn(&mut epoll, |run| run.pending() < PENDING_MAX || is_late(), patience)?;
+    }
+    run.turn(&mut epoll, |run| run.pending() == 0 || is_late(), patience)?;
     println!("{}", json!({"ready": run.ready, "failures": run.failures.json()}));
     if options.seconds == 0.0 {
         io::stdin().read_to_end(&mut Vec::new())?;
@@ -118,16 +122,23 @@ fn measure(options: &Options, epoll: &mut Epoll, run: &mut Run) -> io::Result<Va
 }
 
 struct Run {
+    /// Every one, the failed included.
     subscribers: Vec<Subscriber>,
     histogram: Histogram,
     failures: Failures,
     events: u64,
     bytes: u64,
     ready: usize,
+    failed: usize,
     content: Vec<u8>,
 }
 
 impl Run {
+    /// Subscribers without an answer.
+    fn pending(&self) -> usize {
+        self.subscribers.len() - self.ready - self.failed
+    }
+
     /// Receives until it is done.
     fn turn(&mut self, epoll: &mut Epoll, is_done: impl Fn(&Self) -> bool, until: Instant) -> io::Result<()> {
         let mut buffer = vec![0; READ_BYTES];
@@ -141,6 +152,7 @@ impl Run {
                 };
                 if let Err(failure) = outcome {
                     self.failures.add(failure);
+                    self.failed += usize::from(matches!(self.subscribers[token].coming, Coming::Head));
                     epoll.remove(&self.subscribers[token].socket)?;
                 }
             }
