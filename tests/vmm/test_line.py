@@ -202,3 +202,84 @@ async def test_frames_of_unknown_streams_are_ignored() -> None:
         peer.wire.send(frames.encode_data(1, stream.id, 0, b"ours"))
         await until(lambda: reader.frames)
         assert [frame[4] for frame in reader.frames] == [b"ours"]
+
+
+async def test_what_is_sent_on_a_held_line_waits_and_hostds_own_calls_pass() -> None:
+    peer = Peer()
+    async with running(peer) as line:
+        _, stream = await _open(line, peer)
+        line.hold()
+        stream.send((frames.DATA, 0, stream.id, 0, b"later"))
+        late = line.open(Reader(), b'{"op":"stat"}')
+        asking = asyncio.create_task(line.call({"op": "identity"}))
+        await until(lambda: len(peer.opened()) == 2)
+        assert orjson.loads(peer.opened()[1][4]) == {"op": "identity"}
+        peer.wire.send(frames.encode(frames.REPLY, 0, peer.opened()[1][2], b"{}"))
+        assert await asking == {}
+        line.release()
+        await until(lambda: len(peer.opened()) == 3)
+        assert [(frame[0], frame[2]) for frame in peer.received[-2:]] == [
+            (frames.DATA, stream.id),
+            (frames.OPEN, late.id),
+        ]
+
+
+async def test_a_held_line_is_neither_dialled_nor_pinged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmm.host.line._KEEPALIVE_PERIOD_S", 0.01)
+    peer = Peer()
+    peer.answers = True
+    async with running(peer) as line:
+        reader, _ = await _open(line, peer)
+        line.hold()
+        await asyncio.sleep(0.05)
+        pings = sum(frame[0] == frames.PING for frame in peer.received)
+        await asyncio.sleep(0.1)
+        assert sum(frame[0] == frames.PING for frame in peer.received) == pings
+        peer.wire.abort()
+        await until(lambda: not line.is_up.is_set())
+        await asyncio.sleep(0.1)
+        assert (len(peer.wires), reader.error) == (1, None)
+        line.release()
+        assert reader.error is not None
+        assert reader.error.code == "agent_unreachable"
+        await until(line.is_up.is_set)
+
+
+async def test_streams_go_to_the_next_line_with_what_waits_on_them() -> None:
+    old, new = Peer(), Peer()
+    async with running(old) as first, running(new) as second:
+        open_reader, _ = await _open(first, old)
+        first.hold()
+        waiting_reader = Reader()
+        waiting = first.open(waiting_reader, b'{"op":"exec"}')
+        waiting.send((frames.DATA, 0, waiting.id, 0, b"input"))
+        await until(second.is_up.is_set)
+        second.inherit(first)
+        assert open_reader.error is not None
+        assert open_reader.error.code == "agent_unreachable"
+        await until(lambda: len(new.received) == 3)
+        assert [frame[0] for frame in new.received] == [frames.HELLO, frames.OPEN, frames.DATA]
+        new.wire.send(frames.encode_data(1, waiting.id, 0, b"output"))
+        await until(lambda: waiting_reader.frames)
+        assert waiting_reader.error is None
+
+
+async def test_streams_that_nothing_comes_for_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmm.host.line._HOLD_TIMEOUT_S", 0.05)
+    line = AgentLine.nowhere("machine")
+    reader = Reader()
+    line.open(reader, b'{"op":"exec"}')
+    await until(lambda: reader.error is not None)
+    assert reader.error is not None
+    assert reader.error.code == "wake_timeout"
+
+
+async def test_what_a_client_said_before_it_left_a_held_line_is_not_lost() -> None:
+    peer = Peer()
+    async with running(peer) as line:
+        _, stream = await _open(line, peer)
+        line.hold()
+        stream.send((frames.CONTROL, 0, stream.id, 0, b'{"type":"signal","signal":"SIGKILL"}'))
+        stream.send((frames.CLOSE, 0, stream.id, 0, b""))
+        await until(lambda: len(peer.received) == 4)
+        assert [frame[0] for frame in peer.received[2:]] == [frames.CONTROL, frames.CLOSE]

@@ -100,6 +100,8 @@ class Body:
         """running ─▶ frozen."""
         if self.record.state is not MachineState.RUNNING:
             return
+        if not self._parts.driver.capabilities().freeze:
+            raise MachineError("unsupported", "this host cannot freeze machines")
         unit = self._running()
         hooks = await self._run_hooks(HookStage.BEFORE_PAUSE)
         self.line.hold()

@@ -46,6 +46,7 @@ _FORGOTTEN = frozenset(
         "template_not_found",
     }
 )
+_OVER = (MachineState.STOPPED, MachineState.FAILED)
 _ENDED_MAX = 2000
 _TIDY_PERIOD_S = 60.0
 _RELIEF_PERIOD_S = 1.0
@@ -65,6 +66,8 @@ class Machines:
         host = config.home / "host"
         self._journal = Journal(host / "machines", Record)
         self._machines: dict[str, Machine] = {}
+        #: Ids of those that hold resources: counting them at each create would take longer than the rest of it.
+        self._live: set[str] = set()
         self._watchers: set[Callable[[Change], None]] = set()
         self._is_closing = False
         self._chores: list[asyncio.Task[None]] = []
@@ -235,7 +238,7 @@ class Machines:
     @property
     def live_count(self) -> int:
         """Machines that hold resources."""
-        return sum(1 for machine in self._machines.values() if not machine.record.is_over)
+        return len(self._live)
 
     async def stats(self, machine_id: str) -> MachineStats:
         """Resource use of a running or frozen machine. Raises MachineError(`machine_paused`) while hibernated."""
@@ -252,9 +255,12 @@ class Machines:
     def _new_machine(self, record: Record) -> Machine:
         machine = Machine(record, self._parts, self._config)
         self._machines[machine.id] = machine
+        (self._live.discard if record.is_over else self._live.add)(machine.id)
         return machine
 
     def _changed(self, change: Change) -> None:
+        if change.state in _OVER:
+            self._live.discard(change.id)
         for watcher in list(self._watchers):
             watcher(change)
 
