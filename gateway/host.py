@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from gateway.settings import Settings, words
 from native import agent_path
-from vmm.drivers.base import Driver
+from vmm.drivers.base import Driver, Shape
 from vmm.drivers.fake import FakeDriver
 from vmm.drivers.gvisor.config import GvisorConfig
 from vmm.drivers.gvisor.driver import GvisorDriver
-from vmm.host.config import HostConfig
+from vmm.host.config import HostConfig, PoolConfig
 from vmm.templates.store import TemplateStore
 
 
@@ -26,6 +26,25 @@ def host_config(settings: Settings) -> HostConfig:
         machines_max=settings.machines_max,
         memory_reserve_mib=settings.memory_reserve_mib,
         disk_reserve_mib=settings.disk_reserve_mib,
+        pool=pool_config(settings),
+    )
+
+
+def pool_config(settings: Settings) -> PoolConfig:
+    """What hostd makes ahead: sandboxes that ask for nothing special."""
+    usual = Shape(
+        template=settings.default_template,
+        cpu_count=settings.sandbox_cpu_count,
+        memory_mib=settings.sandbox_memory_mib,
+        disk_mib=settings.sandbox_disk_mib,
+    )
+    return PoolConfig(
+        shapes=(usual,),
+        ready_min=settings.pool_ready,
+        ready_max=settings.pool_ready_max,
+        shells_min=settings.pool_shells,
+        shells_max=settings.pool_shells_max,
+        memory_share=settings.pool_memory_share,
     )
 
 

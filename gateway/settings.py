@@ -197,6 +197,21 @@ class Settings:
         int, Row("Disk that must stay available on the host for another sandbox to be started.", least=0)
     ] = 2048
     pool_size: Annotated[int, Row("Network links and disks kept ready for the next sandboxes.", least=0, most=256)] = 4
+    pool_ready: Annotated[
+        int, Row("Sandboxes of the default shape kept booted and frozen, ready to be handed out.", least=0, most=1000)
+    ] = 2
+    pool_ready_max: Annotated[
+        int, Row("Most kept ready per shape while many are asked for; 0: none of any.", least=0, most=1000)
+    ] = 16
+    pool_shells: Annotated[
+        int, Row("Shells kept for restores and forks: created, with nothing running in them.", least=0, most=1000)
+    ] = 1
+    pool_shells_max: Annotated[
+        int, Row("Most shells per shape while many are asked for; 0: none of any.", least=0, most=1000)
+    ] = 8
+    pool_memory_share: Annotated[
+        float, Row("Share of the host's memory that all of these may take.", least=0, most=1)
+    ] = 0.25
     address_range: Annotated[
         str, Row("IPv4 network sandboxes get their addresses from; each instance on a host takes a /19 of it.")
     ] = "198.18.0.0/15"

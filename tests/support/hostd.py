@@ -15,13 +15,14 @@ import signal
 import sys
 from pathlib import Path
 
+import msgspec
 import uvloop
 
 from tests.support.fuse import Fuse
 from vmm.drivers.gvisor.config import GvisorConfig, instance_id
 from vmm.drivers.gvisor.driver import GvisorDriver
 from vmm.host import crash
-from vmm.host.config import HostConfig
+from vmm.host.config import HostConfig, PoolConfig
 from vmm.host.server import serve
 from vmm.templates.store import TemplateStore
 
@@ -30,7 +31,8 @@ async def _main(settings: dict[str, dict[str, object]]) -> None:
     home = Path(str(settings["host"].pop("home")))
     crash.arm(Fuse(home / "fuse", lambda count: _kill_sandboxes(instance_id(home), count)).on_point)
     socket_path = Path(str(settings["host"].pop("socket_path")))
-    config = HostConfig(home, socket_path, **settings["host"])  # type: ignore[arg-type]
+    pool = msgspec.convert(settings["host"].pop("pool", {}), PoolConfig)
+    config = HostConfig(home, socket_path, pool=pool, **settings["host"])  # type: ignore[arg-type]
     templates = TemplateStore(Path(str(settings["templates"]["cache"])), Path(str(settings["templates"]["agent"])))
     driver = GvisorDriver(GvisorConfig.for_home(home, **settings["gvisor"]), templates)
     task = asyncio.current_task()

@@ -39,6 +39,9 @@ class ServerProcess:
             "SANDGATE_HOME": str(home),
             "SANDGATE_LISTEN": f"127.0.0.1:{self.port}",
             "SANDGATE_ADMIN_LISTEN": f"127.0.0.1:{admin_port}",
+            # Tests count sandboxes and the host's resources; those of the pool want one.
+            "SANDGATE_POOL_READY_MAX": "0",
+            "SANDGATE_POOL_SHELLS_MAX": "0",
             **{f"SANDGATE_{name.upper()}": str(value) for name, value in settings.items()},
         }
         self._process: subprocess.Popen[bytes] | None = None

@@ -35,6 +35,7 @@ from vmm.host.images import Capture, Images
 from vmm.host.journal import Journal, Record
 from vmm.host.line import AgentLine
 from vmm.host.names import run_hooks
+from vmm.host.pool import Pool
 from vmm.host.units import Unit, Units, explain, failures
 from vmm.tasks import run_in_background
 from vmm.types import MachineInfo, MachineState, Origin, StopCause
@@ -52,6 +53,7 @@ class Parts:
 
     driver: Driver
     units: Units
+    pool: Pool
     images: Images
     journal: Journal[Record]
     on_change: Callable[[MachineInfo], None]
@@ -177,7 +179,7 @@ class Body:
         parts, old_image = self._parts, self.record.image
         parts.make_room(self.record.spec.memory_mib)
         async with parts.images.open(parts.images.find(snapshot)) as files:
-            unit = await parts.units.restore(self.record.spec, files, is_own=True)
+            unit = await parts.pool.restore(self.record.spec, files, is_own=True)
         point("restore.complete")
         state = MachineState.RUNNING
         self._commit(unit, state=state, snapshot=snapshot, image=None, frozen_at=None, last_active_at=time.time())
@@ -220,12 +222,12 @@ class Body:
         self._parts.on_change(record.info())
 
     async def _first_unit(self) -> Unit:
-        images, units, spec = self._parts.images, self._parts.units, self.record.spec
+        images, pool, spec = self._parts.images, self._parts.pool, self.record.spec
         image = self.record.image or (spec.snapshot and images.find(spec.snapshot))
         if not image:
-            return await units.start(spec)
+            return await pool.obtain(spec)
         async with images.open(image) as files:
-            return await units.restore(spec, files)
+            return await pool.restore(spec, files)
 
     async def _adopt(self) -> bool:
         record, driver = self.record, self._parts.driver
@@ -267,7 +269,7 @@ class Body:
         self.tell()
         try:
             async with parts.images.open(image) as files:
-                unit = await parts.units.restore(self.record.spec, files, is_own=True)
+                unit = await parts.pool.restore(self.record.spec, files, is_own=True)
             point("wake.restored")
             state = MachineState.RUNNING
             self._commit(unit, state=state, image=None, frozen_at=None, last_active_at=time.time())

@@ -5,6 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmm.drivers.base import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class PoolConfig:
+    """What is made ahead of its use. The default is nothing.
+
+    shapes: held in stock whether or not anybody asks; others are from their second create on, while they are asked for.
+    ready_min, ready_max: booted units per shape; shells_min, shells_max: units in which nothing runs yet.
+    memory_share: of the host's memory, for all of them together.
+    """
+
+    shapes: tuple[Shape, ...] = ()
+    ready_min: int = 0
+    ready_max: int = 0
+    shells_min: int = 0
+    shells_max: int = 0
+    memory_share: float = 0.25
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a pool at all."""
+        return self.ready_max > 0 or self.shells_max > 0
+
 
 @dataclass(frozen=True, slots=True)
 class HostConfig:
@@ -21,6 +45,7 @@ class HostConfig:
     hibernate_after_s: how long a machine stays frozen before it is written to disk, unless it says otherwise.
     hibernate_below_mib: with less memory available than this, frozen machines are hibernated, the longest frozen first.
     images_mib_max: what all images may take on the disk; a snapshot above it fails with `no_space`.
+    pool: what is made ahead of its use.
     ended_kept_s: how long an ended machine is still listed, so that a client that was away learns why it ended.
     """
 
@@ -38,4 +63,5 @@ class HostConfig:
     hibernate_after_s: float = 600.0
     hibernate_below_mib: int = 1_024
     images_mib_max: int = 65_536
+    pool: PoolConfig = PoolConfig()
     ended_kept_s: float = 3600.0

@@ -17,6 +17,7 @@ from vmm.host.config import HostConfig
 from vmm.host.images import Images
 from vmm.host.journal import Journal, Record, SnapshotRecord
 from vmm.host.machine import Machine
+from vmm.host.pool import Pool
 from vmm.host.snapshots import Snapshots
 from vmm.host.units import Units
 from vmm.tasks import run_in_background, stop
@@ -75,9 +76,17 @@ class Machines:
         self._images = Images(host / "images", driver, self.snapshots.image_of, self._is_needed)
         self.snapshots.images = self._images
         self._units = Units(driver, boot_timeout_s=config.boot_timeout_s)
+        self.pool = Pool(
+            driver,
+            self._units,
+            config.pool,
+            available_bytes=available_bytes,
+            reserve_mib=max(config.memory_reserve_mib, config.hibernate_below_mib),
+        )
         self._parts = Parts(
             driver,
             self._units,
+            self.pool,
             self._images,
             self._journal,
             on_change=self._changed,
@@ -95,6 +104,7 @@ class Machines:
             logger.warning("ended unit %s, which no record owned", unit)
         await asyncio.to_thread(self._images.sweep)
         self._chores = [run_in_background(self._tidy(), "tidier"), run_in_background(self._relieve(), "relief")]
+        self.pool.start()
 
     async def _recover(self, record: Record) -> None:
         machine = self._new_machine(record)
@@ -113,6 +123,7 @@ class Machines:
         self._is_closing = True
         for chore in self._chores:
             await stop(chore)
+        await self.pool.close()
         for machine in self._machines.values():
             if machine.record.is_paused:
                 machine.leave()

@@ -70,6 +70,11 @@ async def run_hooks(line: AgentLine, stage: HookStage) -> HooksRun:
     return await _call(line, {"op": "hooks", "stage": stage, "timeout_s": HOOKS_TIMEOUT_S}, stage)
 
 
+async def warm_up(line: AgentLine) -> None:
+    """Have the agent see to what the first command would otherwise wait for. Raises VmmError as `write_names` does."""
+    await line.call({"op": "warm_up"})
+
+
 async def _call(line: AgentLine, op: dict[str, Any], stage: HookStage | None) -> HooksRun:
     timeout_s = CALL_TIMEOUT_S if stage is None else HOOKS_TIMEOUT_S + _HOOKS_GRACE_S
     run = decode(HooksRun, await line.call(op, timeout_s=timeout_s))

@@ -19,6 +19,7 @@ from vmm.types import (
     MachineInfo,
     MachineSpec,
     MachineStats,
+    PoolStatus,
     SnapshotInfo,
     StopCause,
 )
@@ -147,6 +148,11 @@ _SETTINGS: dict[str, Any] = {
     "hibernate_after_s": float | None,
 }
 
+
+async def _pool_status(host: Host, _: Mapping[str, Any]) -> dict[str, list[PoolStatus]]:
+    return {"pools": host.machines.pool.status()}
+
+
 _HANDLERS: dict[str, Handler] = {
     "machine.create": _create,
     "machine.destroy": _destroy,
@@ -165,6 +171,7 @@ _HANDLERS: dict[str, Handler] = {
     "snapshot.delete": _delete_snapshot,
     "template.list": _templates,
     "host.info": _info,
+    "pool.status": _pool_status,
 }
 
 

@@ -14,14 +14,14 @@ import secrets
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vmm.drivers.base import Driver, ImageFiles, Placement, Shape
 from vmm.errors import AgentError, MachineError, VmmError
 from vmm.guest import HooksRun, HookStage
 from vmm.host.crash import point
 from vmm.host.line import AgentLine
-from vmm.host.names import write_names
+from vmm.host.names import warm_up, write_names
 from vmm.types import MachineSpec, Origin
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,14 @@ class Unit:
     hooks: HooksRun = field(default_factory=HooksRun)
 
 
+@dataclass(frozen=True, slots=True)
+class Shell:
+    """A unit in which nothing runs yet. token: what its agent will ask for if it is booted."""
+
+    id: str
+    token: str
+
+
 class Units:
     """boot_timeout_s: from the start of a unit to the first answer of its agent."""
 
@@ -51,29 +59,70 @@ class Units:
         self._boot_timeout_s = boot_timeout_s
         self._ends: set[asyncio.Task[str | None]] = set()
 
-    async def start(self, spec: MachineSpec) -> Unit:
-        """A unit with the template's files. Raises MachineError, as every method does."""
-        token = secrets.token_hex(32)
-        unit = str(uuid.uuid4())
-        async with self._undone_on_failure(unit):
-            placement = await self._driver.start(unit, Shape.of(spec), token=token)
-            point("start.started")
-            return await self._introduce(spec, unit, placement, token, Origin.COLD)
+    async def prepare(self, shape: Shape) -> Shell:
+        """A unit for later. Raises MachineError, as every method does."""
+        shell = _new_shell()
+        await self._driver.prepare(shell.id, shape, token=shell.token)
+        return shell
 
-    async def restore(self, spec: MachineSpec, image: ImageFiles, *, is_own: bool = False) -> Unit:
+    async def warm(self, shape: Shape) -> Unit:
+        """A unit for later that needs but a name: booted, its agent at hand, and frozen."""
+        shell = _new_shell()
+        async with self._undone_on_failure(shell.id):
+            placement = await self._driver.start(shell.id, shape, token=shell.token)
+            unit = self.join(shell.id, shell.token, placement, Origin.READY)
+            async with self._agent_answering(unit):
+                await warm_up(unit.line)
+            unit.line.hold()
+            await self._driver.freeze(unit.id)
+            return unit
+
+    async def claim(self, spec: MachineSpec, unit: Unit) -> Unit:
+        """Give a warm unit to a machine."""
+        async with self._undone_on_failure(unit.id):
+            await self._driver.thaw(unit.id)
+            unit.line.release()
+            async with self._agent_answering(unit):
+                return replace(unit, hooks=await write_names(unit.line, spec, unit.placement))
+
+    async def start(self, spec: MachineSpec, shell: Shell | None = None) -> Unit:
+        """A unit with the template's files, in a shell or from nothing."""
+        origin = Origin.COLD if shell is None else Origin.SHELL
+        given = shell or _new_shell()
+        async with self._undone_on_failure(given.id):
+            if shell is None:
+                placement = await self._driver.start(given.id, Shape.of(spec), token=given.token)
+            else:
+                placement = await self._driver.boot(given.id)
+            point("start.started")
+            joined = self.join(given.id, given.token, placement, origin)
+            async with self._agent_answering(joined):
+                return replace(joined, hooks=await write_names(joined.line, spec, placement))
+
+    async def restore(
+        self, spec: MachineSpec, image: ImageFiles, shell: Shell | None = None, *, is_own: bool = False
+    ) -> Unit:
         """A unit that goes on where the image was saved, under this machine's name.
 
         is_own: it is this machine that was saved, so its memory has what was set of its variables since it was made.
         """
         if Shape.of(spec) != image.shape:
             raise MachineError("snapshot_incompatible", "the snapshot is of a machine of another template or size")
-        unit = str(uuid.uuid4())
+        unit = (shell or _new_shell()).id
         async with self._undone_on_failure(unit):
-            await self._driver.prepare(unit, image.shape, token=image.token)
+            if shell is None:
+                await self._driver.prepare(unit, image.shape, token=image.token)
             point("restore.prepared")
             placement = await self._driver.restore(unit, image)
             point("restore.restored")
-            return await self._introduce(spec, unit, placement, image.token, Origin.RESTORED, keeps_env=is_own)
+            joined = self.join(unit, image.token, placement, Origin.RESTORED)
+            # The image's is shared by all copies.
+            token, line = secrets.token_hex(32), joined.line
+            async with self._agent_answering(joined):
+                stage = HookStage.AFTER_RESTORE
+                hooks = await write_names(line, spec, placement, keeps_env=is_own, token=token, hooks=stage)
+            line.token = token
+            return replace(joined, token=token, hooks=hooks)
 
     def join(self, unit: str, token: str, placement: Placement, origin: Origin, *, is_held: bool = False) -> Unit:
         """A unit that exists already, with a line that is being made, or is held until the unit runs."""
@@ -121,34 +170,14 @@ class Units:
             self.destroy_later(unit)
             raise
 
-    async def _introduce(
-        self,
-        spec: MachineSpec,
-        unit: str,
-        placement: Placement,
-        token: str,
-        origin: Origin,
-        *,
-        keeps_env: bool = False,
-    ) -> Unit:
-        """Wait for its agent and tell it who it is. A copy gets a token of its own: the image's is shared."""
-        is_copy = origin is Origin.RESTORED
-        new_token = secrets.token_hex(32) if is_copy else token
-        joined = self.join(unit, token, placement, origin)
-        line = joined.line
+    @asynccontextmanager
+    async def _agent_answering(self, unit: Unit) -> AsyncIterator[None]:
+        """Talk to a unit's agent once it answers, all within the time a boot may take."""
+        line = unit.line
         try:
             async with asyncio.timeout(self._boot_timeout_s):
-                await self._until_up(unit, line)
-                hooks = await write_names(
-                    line,
-                    spec,
-                    placement,
-                    keeps_env=keeps_env,
-                    token=new_token if is_copy else None,
-                    hooks=HookStage.AFTER_RESTORE if is_copy else None,
-                )
-            line.token = new_token
-            return Unit(unit, new_token, placement, line, origin, hooks)
+                await self._until_up(unit.id, line)
+                yield
         except BaseException as error:
             line.close(_GIVEN_UP)
             if isinstance(error, TimeoutError):
@@ -172,6 +201,10 @@ class Units:
         finally:
             up.cancel()
             ended.cancel()
+
+
+def _new_shell() -> Shell:
+    return Shell(str(uuid.uuid4()), secrets.token_hex(32))
 
 
 def explain(error: VmmError) -> str:

@@ -469,6 +469,7 @@ _ANSWERS: Mapping[str, Callable[[Guest, Mapping[str, Any]], Mapping[str, Any]]] 
     "processes": lambda guest, _: {"processes": [process.record() for process in guest.processes.values()]},
     "remove": _remove,
     "rename": _rename,
+    "warm_up": lambda _, __: {},
     "stat": lambda guest, op: guest.files.entry(op["path"]),
 }
 

@@ -27,6 +27,16 @@ impl Identity {
         &self.env
     }
 
+    /// Names of the variables that another identity sets or hides otherwise.
+    pub fn differing<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = &'a str> {
+        let names = self.env.keys().chain(other.env.keys()).chain(self.unset.symmetric_difference(&other.unset));
+        names
+            .filter(|name| {
+                self.env.get(*name) != other.env.get(*name) || self.unset.contains(*name) != other.unset.contains(*name)
+            })
+            .map(String::as_str)
+    }
+
     /// Bring an environment in line.
     pub fn apply(&self, env: &mut BTreeMap<String, String>) {
         env.retain(|name, _| !self.unset.contains(name));

@@ -16,6 +16,7 @@ use crate::metrics;
 use crate::ports;
 use crate::process::{
     Asked, Command, Draft, From, Record, Request, Size, State, StreamKey, Wanted, signal, signal_from_json, spawn,
+    warm_up,
 };
 use crate::streams::{ExecStream, ReadStream, SetIdentity, SetupStream, Stream, WatchStream, WriteStream};
 use crate::watch::{WatchArguments, Watcher};
@@ -49,6 +50,13 @@ pub fn open(key: StreamKey, payload: &[u8], core: &mut Core) -> OpResult<Opened>
         "stdin" => write_stdin(&parse(payload)?, core),
         "identity" => set_identity(parse(payload)?, core),
         "hooks" => Ok(opened(Stream::Setup(SetupStream::hooks(&parse(payload)?)?))),
+        "warm_up" => {
+            let (host, identity) = (Arc::clone(&core.host), Arc::clone(&core.identity));
+            Ok(call(key, core, move || {
+                warm_up(&host, &identity);
+                Ok(b"{}".to_vec())
+            }))
+        }
         "read" => Ok(opened(Stream::Read(ReadStream::new(files::FileReader::new(parse(payload)?))))),
         "write" => {
             let writer = files::FileWriter::new(parse(payload)?, Arc::clone(&core.host));

@@ -78,13 +78,33 @@ impl Login {
     }
 }
 
+/// Variables that a shell itself obeys, or that decide which files it reads.
+const SHELL_OBEYS: [&str; 8] = ["PATH", "HOME", "ENV", "IFS", "POSIXLY_CORRECT", "SHELLOPTS", "BASHOPTS", "CDPATH"];
+const SHELL_OBEYS_PREFIXES: [&str; 4] = ["BASH", "LC_", "LANG", "LD_"];
+/// Login files longer than this are taken to mention everything.
+const TEXT_BYTES_MAX: u64 = 256 * 1024;
+
 type Stamp = Option<(u64, u64, i64, i64)>;
 
 #[derive(Debug)]
 struct Known {
     login: Arc<Login>,
     identity: Identity,
+    /// What the files say, unless that is too much to keep.
+    text: Option<String>,
     stamps: Vec<(PathBuf, Stamp)>,
+}
+
+impl Known {
+    /// Whether the files would come to the same with another identity: none of the variables that differ is one the
+    /// shell obeys or the files mention. (They win over the login files anyway, whatever these set.)
+    fn agrees_with(&self, identity: &Identity) -> bool {
+        let Some(text) = &self.text else { return self.identity == *identity };
+        self.identity.differing(identity).all(|name| {
+            let is_obeyed = SHELL_OBEYS.contains(&name) || SHELL_OBEYS_PREFIXES.iter().any(|p| name.starts_with(p));
+            !is_obeyed && !text.contains(name)
+        })
+    }
 }
 
 /// Per user, what their login files came to.
@@ -107,10 +127,11 @@ impl Logins {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = known.get(&user.uid) {
             let same = |(path, stamp): &(PathBuf, Stamp)| stamp_of(path) == *stamp;
-            if found.identity == *identity && found.stamps.iter().all(same) {
+            if found.agrees_with(identity) && found.stamps.iter().all(same) {
                 return Arc::clone(&found.login);
             }
         }
+        let text = text_of(&login_files(&user.home));
         let stamps = login_files(&user.home).into_iter().map(|path| (stamp_of(&path), path));
         let stamps = stamps.map(|(stamp, path)| (path, stamp)).collect();
         let login = Arc::new(match probe(user, env, null, become_user) {
@@ -118,7 +139,7 @@ impl Logins {
             Err(Errno::ENOENT) => Login::NoBash,
             Err(_) => Login::Real,
         });
-        known.insert(user.uid, Known { login: Arc::clone(&login), identity: identity.clone(), stamps });
+        known.insert(user.uid, Known { login: Arc::clone(&login), identity: identity.clone(), text, stamps });
         login
     }
 }
@@ -131,6 +152,16 @@ fn login_files(home: &str) -> Vec<PathBuf> {
         .collect();
     files.extend(fs::read_dir("/etc/profile.d").into_iter().flatten().flatten().map(|entry| entry.path()));
     files
+}
+
+/// All of the files in one, if they are text and not too long. What they read in turn is not looked at.
+fn text_of(paths: &[PathBuf]) -> Option<String> {
+    let files: Vec<&PathBuf> = paths.iter().filter(|path| path.is_file()).collect();
+    let size = files.iter().map(|path| fs::metadata(path).map_or(0, |meta| meta.size())).sum::<u64>();
+    if size > TEXT_BYTES_MAX {
+        return None;
+    }
+    files.into_iter().map(|path| fs::read_to_string(path).ok()).collect()
 }
 
 fn stamp_of(path: &Path) -> Stamp {
@@ -263,6 +294,28 @@ mod tests {
         assert!(changes["PATH"].as_ref().unwrap().ends_with("/bin:/bin"));
         assert_eq!(changes["GONE"], None);
         assert!(!changes.contains_key("local") && !changes.contains_key("PWD") && !changes.contains_key("HOME"));
+    }
+
+    #[test]
+    fn only_variables_that_matter_to_the_files_have_them_read_again() {
+        let known = |text: Option<&str>| Known {
+            login: Arc::new(Login::NoBash),
+            identity: Identity::default(),
+            text: text.map(str::to_owned),
+            stamps: Vec::new(),
+        };
+        let with = |name: &str| {
+            let mut identity = Identity::default();
+            identity.update(BTreeMap::from([(name.to_owned(), "1".to_owned())]), vec![]);
+            identity
+        };
+        let files = known(Some("export EDITOR=vi; [ -n \"$FLAG\" ] && export X=$FLAG"));
+        assert!(files.agrees_with(&Identity::default()));
+        assert!(files.agrees_with(&with("API_KEY")));
+        for name in ["FLAG", "EDITOR", "PATH", "BASH_ENV", "LC_ALL"] {
+            assert!(!files.agrees_with(&with(name)), "{name}");
+        }
+        assert!(!known(None).agrees_with(&with("API_KEY")));
     }
 
     #[test]
