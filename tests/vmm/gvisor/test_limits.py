@@ -42,6 +42,10 @@ async def test_a_full_disk_is_an_error_inside_and_nothing_else(client: HostClien
     await client.destroy_machine(small.machine.id, StopCause.REQUESTED)
 
 
+async def test_what_was_written_to_the_disk_can_be_run(box: Box) -> None:
+    assert (await box.shell("cp /bin/echo /workspace/own && /workspace/own runs")).strip() == "runs"
+
+
 async def test_a_file_larger_than_the_memory_fits_the_disk(client: HostClient) -> None:
     box = Box(client, await client.create_machine(machine_spec(memory_mib=256, disk_mib=1024)))
     done = await box.run("dd", "if=/dev/urandom", "of=/workspace/big", "bs=1M", "count=600")

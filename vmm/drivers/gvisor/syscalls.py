@@ -19,7 +19,7 @@ _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _FSOPEN_CLOEXEC = 1
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _FSMOUNT_CLOEXEC = 1
-_MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOEXEC = 2, 4, 8
+_MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 2, 4
 
 _SYS_PIDFD_GETFD, _SYS_PROCESS_MADVISE = 438, 440
 _MADV_PAGEOUT = 21
@@ -97,7 +97,8 @@ def mount_detached(kind: str, source: str, *flags: str) -> int:
         for flag in flags:
             _check(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_SET_FLAG, flag.encode(), None, 0))
         _check(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0))
-        attributes = _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOEXEC
+        # Not without execution: the sentry maps a guest's programs from here, and without it they end by SIGSEGV.
+        attributes = _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV
         return _check(_libc.syscall(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes))
     finally:
         os.close(context)
