@@ -43,8 +43,9 @@ rust: ## cargo fmt, clippy and tests
 	@cargo check --manifest-path native/fuzz/Cargo.toml --target-dir native/target --locked --quiet
 	@cargo test --manifest-path native/Cargo.toml --locked --workspace --quiet
 
-clients: ## Environments with each supported release of the MIOSA client
+clients: ## Environments with each supported release of the MIOSA client, and what the browser test loads
 	@scripts/client-envs
+	@scripts/browser-env
 
 pytest: ## The Python tests
 	@pytest
