@@ -240,9 +240,9 @@ async def test_a_held_line_is_neither_dialled_nor_pinged(monkeypatch: pytest.Mon
         await asyncio.sleep(0.1)
         assert (len(peer.wires), reader.error) == (1, None)
         line.release()
+        await until(line.is_up.is_set)
         assert reader.error is not None
         assert reader.error.code == "agent_unreachable"
-        await until(line.is_up.is_set)
 
 
 async def test_streams_go_to_the_next_line_with_what_waits_on_them() -> None:

@@ -40,7 +40,9 @@ Dial = Callable[[Callable[[], asyncio.Protocol]], Awaitable[object]]
 
 #: For the answer to an operation of hostd's own.
 CALL_TIMEOUT_S = 10.0
-_HELLO_TIMEOUT_S = 5.0
+#: From dialling to the agent's HELLO, doubled after each time-out. A unit just restored may lose the first
+#: packets, and the kernel waits a second before it sends them again: a new connection is sooner there.
+_HELLO_MIN_S, _HELLO_MAX_S = 0.5, 5.0
 #: A booting agent listens within tens of milliseconds; one that is gone needs no haste.
 _REDIAL_MIN_S, _REDIAL_MAX_S = 0.003, 0.5
 _REDIAL_GROWTH = 1.3
@@ -48,7 +50,7 @@ _STEADY_S = 5.0
 _KEEPALIVE_PERIOD_S = 3.0
 _SILENT_PERIODS_MAX = 3
 #: How long a stream opened while the line is down waits for it.
-_PATIENCE_S = 3.0
+_PATIENCE_S = 5.0
 #: And while it is held: for the machine to wake. This many may wait.
 _HOLD_TIMEOUT_S = 30.0
 _WAITING_MAX = 1024
@@ -133,6 +135,7 @@ class AgentLine:
         self._last_id = 0
         self._closed: VmmError | None = None
         self._stalled_by: set[object] = set()
+        self._was_hung_up = False
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
@@ -181,17 +184,17 @@ class AgentLine:
         """The unit runs: let all that waited go on."""
         self.is_held = False
         self._released.set()
-        self._flush()
+        if self._wire is not None:
+            self._flush()
+            return
+        # They learn that the connection broke once there is another one: a client that is told now asks too early.
         for stream in self._streams.values():
-            if stream.waiting is not None:
-                self._limit_waiting(stream)
+            self._limit_waiting(stream)
 
     def hang_up(self) -> None:
         """Give up a held line's connection: the agent will not know it any more."""
-        wire, self._wire = self._wire, None
-        self.is_up.clear()
-        if wire is not None:
-            wire.abort()
+        self._was_hung_up = True
+        self._drop_wire()
 
     def inherit(self, other: AgentLine) -> None:
         """Take over the streams of a line that is given up, held or not. It must not be released any more."""
@@ -220,7 +223,7 @@ class AgentLine:
 
     def give_up(self, stream: LineStream, code: str) -> None:
         """A stream has waited for as long as it may."""
-        if stream.wire is None and stream.id in self._streams:
+        if stream.id in self._streams and (stream.wire is None or stream.wire is not self._wire):
             self._fail(stream, MachineError(code, "the machine's agent does not answer", detail=self.last_error))
 
     def stall(self, by: object) -> None:
@@ -247,13 +250,14 @@ class AgentLine:
 
     async def run(self) -> None:
         """Dial, and dial again after each loss, until closed or cancelled."""
-        delay_s = _REDIAL_MIN_S
+        delay_s, hello_s = _REDIAL_MIN_S, _HELLO_MIN_S
         while self._closed is None:
             await self._released.wait()
             try:
-                await self._connect()
+                await self._connect(hello_s)
             except (OSError, LinkError, TimeoutError, MachineError) as error:
-                self.last_error = str(error) or type(error).__name__
+                self.last_error = str(error) or "no answer"
+                hello_s = min(hello_s * 2, _HELLO_MAX_S) if isinstance(error, TimeoutError) else hello_s
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * _REDIAL_GROWTH, _REDIAL_MAX_S)
                 continue
@@ -261,8 +265,10 @@ class AgentLine:
                 up_s = await self._keep()
             finally:
                 self._go_down()
-            # One that greets and hangs up, again and again, is not dialled as fast as it likes; nor a frozen one.
-            delay_s = _REDIAL_MIN_S if up_s > _STEADY_S or self.is_held else min(delay_s * 2, _REDIAL_MAX_S)
+            # One that greets and hangs up, again and again, is not dialled as fast as it likes.
+            is_fault = up_s < _STEADY_S and not self._was_hung_up
+            delay_s = min(delay_s * 2, _REDIAL_MAX_S) if is_fault else _REDIAL_MIN_S
+            hello_s, self._was_hung_up = _HELLO_MIN_S, False
             await asyncio.sleep(delay_s)
 
     def _open(self, receiver: Receiver, payload: bytes, *, is_own: bool) -> LineStream:
@@ -282,13 +288,13 @@ class AgentLine:
         if sum(1 for stream in self._streams.values() if stream.wire is None) >= _WAITING_MAX:
             raise MachineError("no_capacity", f"{_WAITING_MAX} streams wait for the machine already")
 
-    async def _connect(self) -> None:
+    async def _connect(self, hello_s: float) -> None:
         loop = asyncio.get_running_loop()
         self._greeting = loop.create_future()
         self._lost = lost = loop.create_future()
         wire = FrameProtocol(lambda frame: self._take(wire, frame), lambda cause: _settle(lost, cause))
         try:
-            async with asyncio.timeout(_HELLO_TIMEOUT_S):
+            async with asyncio.timeout(hello_s):
                 await self._dial(lambda: wire)
                 hello = {"version": VERSION, "role": "host", "token": self.token}
                 wire.send(frames.encode(frames.HELLO, 0, 0, orjson.dumps(hello)))
@@ -326,8 +332,17 @@ class AgentLine:
         return time.monotonic() - began
 
     def _go_down(self) -> None:
-        self.hang_up()
-        self._flush()
+        was_lost = self._wire is not None
+        self._drop_wire()
+        for stream in list(self._streams.values()):
+            if stream.wire is not None and (stream.is_own or (was_lost and not self.is_held)):
+                self._fail(stream, self._broken())
+
+    def _drop_wire(self) -> None:
+        wire, self._wire = self._wire, None
+        self.is_up.clear()
+        if wire is not None:
+            wire.abort()
 
     def _flush(self) -> None:
         """Let waiting streams out, and end those that an earlier connection took along; not what is held."""
