@@ -225,6 +225,76 @@ class Scenario:
     def sandbox_events(self, sandbox: miosa.Sandbox) -> Iterator[dict[str, object]]:
         return sandbox.events.stream()
 
+    def step_snapshot_restore_and_fork(self) -> None:
+        sandbox = self.client.sandboxes.create(template_id="miosa-sandbox", tags=[self.tag], timeout_sec=900)
+        sandbox.files.write("/workspace/state", "before")
+        count = "i=0; while sleep 0.1; do i=$((i+1)); echo $i > /tmp/count; done"
+        sandbox.commands.run(count, background=True)
+        until(lambda: counted_to(sandbox) > 0)
+        taken = sandbox.create_snapshot("after the set-up")
+        assert (taken["comment"], taken["sandbox_id"]) == ("after the set-up", sandbox.id), taken
+        sandbox.files.write("/workspace/state", "after")
+
+        back = sandbox.restore_snapshot(taken["id"])
+        assert (back.id, back.state) == (sandbox.id, "running"), back.data
+        assert back.files.read_text("/workspace/state") == "before"
+        goes_on(back)
+
+        fork = back.fork(name=f"{self.tag}-fork")
+        assert (fork.state, fork.data["parent_id"]) == ("running", sandbox.id), fork.data
+        assert fork.files.read_text("/workspace/state") == "before"
+        fork.files.write("/workspace/state", "of the fork")
+        goes_on(fork)
+        assert back.files.read_text("/workspace/state") == "before"
+        fork.destroy()
+
+        quick = back.snapshot()
+        listed = {item["id"]: item["status"] for item in back.list_snapshots()}
+        assert listed == {taken["id"]: "ready", quick: "ready"}, listed
+        back.delete_snapshot(taken["id"])
+        assert [item["id"] for item in back.list_snapshots()] == [quick]
+        gone = raised(errors.NotFoundError, lambda: back.restore_snapshot(taken["id"]))
+        assert "snapshot" in str(gone).lower(), gone
+        back.destroy()
+
+    def step_pause_and_resume(self) -> None:
+        sandbox = self.client.sandboxes.create(template_id="miosa-sandbox", tags=[self.tag], timeout_sec=900)
+        count = "i=0; while sleep 0.1; do i=$((i+1)); echo $i > /tmp/count; done"
+        sandbox.commands.run(count, background=True)
+        until(lambda: counted_to(sandbox) > 0)
+        assert sandbox.pause().state == "paused"
+        assert self.client.sandboxes.get(sandbox.id).state == "paused"
+        assert sandbox.resume().state == "running"
+        goes_on(sandbox)
+        if VERSION >= (2, 6):  # earlier releases have no such call
+            assert sandbox.stop().state == "paused"
+            assert sandbox.resume().state == "running"
+            goes_on(sandbox)
+        sandbox.destroy()
+
+    def step_build_a_template(self) -> None:
+        spec = {
+            "from": "miosa-sandbox",
+            "steps": [{"run": "mkdir -p site && echo built > site/index.html"}],
+            "env": {"FROM_TEMPLATE": "yes"},
+            "startCmd": "cd site && exec python3 -m http.server 8000",
+            "readyCmd": "curl -sf http://127.0.0.1:8000/",
+            "memoryMib": 512,
+        }
+        assert self.client.sandboxes.validate_build_spec(spec)["valid"] is True
+        made = self.client.sandboxes.create_template(name=f"{self.tag} site", build_spec=spec)
+        (build,) = self.client.sandboxes.list_template_builds(made["id"])["data"]
+        until(lambda: self.client.sandboxes.get_template_build(build["id"])["finished_at"], timeout_s=60)
+        ended = self.client.sandboxes.get_template_build(build["id"])
+        assert ended["state"] == "ready", ended
+        assert self.client.sandboxes.get_template(made["id"])["status"] == "ready"
+
+        sandbox = self.client.sandboxes.create(template_id=made["slug"], tags=[self.tag], timeout_sec=900)
+        # What the template started runs already.
+        served = sandbox.exec.run("curl -s http://127.0.0.1:8000/; echo $FROM_TEMPLATE", {"timeout": 10})
+        assert served.stdout == "built\nyes\n", served
+        sandbox.destroy()
+
     def step_list_of_25(self) -> None:
         listed = self.client.sandboxes.list()
         assert len(listed) >= 25, len(listed)
@@ -282,6 +352,18 @@ class Scenario:
         assert self.client.sandboxes.get(self.sandbox.id).state == "destroyed"
         refused = raised(errors.MiosaError, lambda: self.client.sandboxes.get_by_name(self.tag))
         assert refused.status_code == 404, refused
+
+
+def counted_to(sandbox: miosa.Sandbox) -> int:
+    """How far a background process of the sandbox has counted."""
+    return int(sandbox.exec.run("cat /tmp/count 2>/dev/null || echo 0").stdout or 0)
+
+
+def goes_on(sandbox: miosa.Sandbox) -> None:
+    """Fail unless the process that counts still does."""
+    before = counted_to(sandbox)
+    assert before > 0, before
+    until(lambda: counted_to(sandbox) > before)
 
 
 @contextmanager
