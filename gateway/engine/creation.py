@@ -89,7 +89,7 @@ class CreationService:
         self._check(connection, wanted)
         return None
 
-    def insert(self, connection: sa.Connection, wanted: Sandbox) -> Sandbox:
+    def insert(self, connection: sa.Connection, wanted: Sandbox, *, version: int | None = None) -> Sandbox:
         """Add a row, or find what an earlier attempt left. Raises name_taken, conflict (slug), quota_exceeded."""
         existing = rows.get(connection, wanted.id)
         if existing is not None and not _may_try_again(existing, wanted):
@@ -98,17 +98,18 @@ class CreationService:
         if existing is not None:
             # It failed before; nothing of it is left, so the same command may try once more.
             rows.delete(connection, existing.id)
-        rows.insert(connection, wanted)
+        rows.insert(connection, wanted, version=version)
         sandbox_event(connection, "created", wanted, at=wanted.created_at, template=wanted.template, **_lineage(wanted))
         return wanted
 
     def _check(self, connection: sa.Connection, wanted: Sandbox) -> None:
         limit = self._context.settings.sandboxes_per_workspace
-        if rows.count_living(connection, wanted.workspace_id) >= limit:
+        room = rows.room(connection, wanted)
+        if room.living >= limit:
             raise GatewayError("quota_exceeded", f"The workspace already has {limit} sandboxes.", retry_after_s=30)
-        if wanted.name is not None and rows.is_name_taken(connection, wanted.workspace_id, wanted.name, but=wanted.id):
+        if room.is_name_taken:
             raise GatewayError("name_taken", f"Another sandbox is named {wanted.name!r}.")
-        if rows.is_slug_taken(connection, wanted.slug):
+        if room.is_slug_taken:
             raise GatewayError("conflict", f"The slug {wanted.slug!r} is in use.")
 
     async def _boot(self, sandbox: Sandbox) -> MachineInfo:
@@ -125,23 +126,30 @@ class CreationService:
             started_at=machine.started_at or self._context.clock(),
             boot_ms=machine.boot_ms,
         )
+        version = rows.version_now()
 
         def job(connection: sa.Connection) -> Sandbox:
-            sandbox = self.insert(connection, running)
+            sandbox = self.insert(connection, running, version=version)
             if sandbox is running:
                 sandbox_event(connection, "running", sandbox, boot_ms=machine.boot_ms)
             return sandbox
 
+        context = self._context
+        # Nobody knows its names yet, so the plane may be told while the row is being written.
+        routing = asyncio.ensure_future(context.routes.push_new(running, version))
         try:
-            sandbox = await self._context.database.write(job)
-        except GatewayError:
+            sandbox = await context.database.write(job)
+        except Exception:
+            await routing
+            await context.routes.drop(wanted.id, version)
             await self._sandboxes.end_machine(wanted.id)
             raise
+        context.events.announce()
+        await routing
         if sandbox is not running:
             # Another attempt at the same command was faster.
-            return await self.mark_running(sandbox, machine)
-        self._context.events.announce()
-        await self._context.routes.push(sandbox.id)
+            sandbox = await self.mark_running(sandbox, machine)
+            await context.routes.push(sandbox.id)
         return sandbox
 
     async def _record_provisioning(self, wanted: Sandbox) -> Sandbox:

@@ -35,6 +35,12 @@ class Routes(Protocol):
     async def push(self, sandbox_id: str) -> None:
         """Have what SQL says about a sandbox in force, or dropped when it runs no more."""
 
+    async def push_new(self, sandbox: Sandbox, version: int) -> None:
+        """Have the route of a sandbox in force that is being recorded with that version, without asking SQL."""
+
+    async def drop(self, sandbox_id: str, version: int) -> None:
+        """Undo `push_new`: the sandbox was not recorded."""
+
     async def push_running(self, sandbox_id: str, address: str) -> None:
         """Let visitors in to a sandbox that has woken at an address, before SQL says so. `push` has to follow."""
 
@@ -56,22 +62,36 @@ class PlaneRoutes:
     async def push(self, sandbox_id: str) -> None:
         """See `Routes.push`."""
         route, version = await self._route(sandbox_id)
-        try:
-            if route is not None:
-                await self._plane.put_sandbox(route)
-            else:
-                await self._plane.drop_sandbox(sandbox_id, version)
-        except PlaneError as error:
-            _note(error)
+        if route is not None:
+            await self._put(route)
+        else:
+            await self._drop(sandbox_id, version)
+
+    async def push_new(self, sandbox: Sandbox, version: int) -> None:
+        """See `Routes.push_new`."""
+        await self._put(_route(sandbox, version, [], []))
+
+    async def drop(self, sandbox_id: str, version: int) -> None:
+        """See `Routes.drop`."""
+        await self._drop(sandbox_id, version + 1)
 
     async def push_running(self, sandbox_id: str, address: str) -> None:
         """See `Routes.push_running`."""
         route, version = await self._route(sandbox_id)
         if route is None or (route.state, route.address) == ("running", address):
             return
+        # Older than any change that is still to be committed, so none of those is lost.
+        await self._put(replace(route, v=version + 1, state="running", address=address))
+
+    async def _put(self, route: SandboxRoute) -> None:
         try:
-            # Older than any change that is still to be committed, so none of those is lost.
-            await self._plane.put_sandbox(replace(route, v=version + 1, state="running", address=address))
+            await self._plane.put_sandbox(route)
+        except PlaneError as error:
+            _note(error)
+
+    async def _drop(self, sandbox_id: str, version: int) -> None:
+        try:
+            await self._plane.drop_sandbox(sandbox_id, version)
         except PlaneError as error:
             _note(error)
 
@@ -79,9 +99,11 @@ class PlaneRoutes:
         """What SQL says now, and the version of it."""
 
         def job(connection: sa.Connection) -> tuple[SandboxRoute | None, int]:
-            found = sandboxes.find_versions(connection, sandbox_id=sandbox_id)
-            routes = _routes(connection, found, sandbox_id, self._clock())
-            return routes[0] if routes else None, max((v for _, v in found), default=0)
+            found = sandboxes.get_version(connection, sandbox_id)
+            if found is None:
+                return None, 0
+            routes = _routes(connection, [found], sandbox_id, self._clock())
+            return routes[0] if routes else None, found[1]
 
         return await self._database.lookup(job)
 
@@ -109,7 +131,7 @@ class PlaneRoutes:
         def job(connection: sa.Connection) -> Snapshot:
             # Taken first: what changes while we read has a greater version and outlives the sync.
             version = _version_now()
-            running = sandboxes.find_versions(connection, states=_ROUTED)
+            running = sandboxes.find_versions(connection, _ROUTED)
             valid = keys.valid(connection, now=now)
             return Snapshot(version, _routes(connection, running, None, now), [_key_route(key) for key in valid])
 

@@ -13,6 +13,12 @@ import sqlalchemy as sa
 
 from gateway.store.schema import previews, shares
 
+# Made once: a route is read whenever a sandbox wakes, and making a statement takes longer than executing it.
+_ALL = sa.select(previews).order_by(previews.c.port)
+_OF_SANDBOX = _ALL.where(previews.c.sandbox_id == sa.bindparam("sandbox_id"))
+_ALL_SHARES = sa.select(shares).where(shares.c.expires_at > sa.bindparam("now")).order_by(shares.c.created_at)
+_SHARES_OF_SANDBOX = _ALL_SHARES.where(shares.c.sandbox_id == sa.bindparam("sandbox_id"))
+
 
 @dataclass(frozen=True, slots=True)
 class PreviewRow:
@@ -69,10 +75,8 @@ def get(connection: sa.Connection, sandbox_id: str, preview_id: str) -> PreviewR
 
 def find(connection: sa.Connection, sandbox_id: str | None) -> list[PreviewRow]:
     """The open ports of a sandbox, or of all, by port."""
-    statement = sa.select(previews).order_by(previews.c.port)
-    if sandbox_id is not None:
-        statement = statement.where(previews.c.sandbox_id == sandbox_id)
-    return [PreviewRow(*row) for row in connection.execute(statement)]
+    rows = connection.execute(_ALL if sandbox_id is None else _OF_SANDBOX, {"sandbox_id": sandbox_id})
+    return [PreviewRow(*row) for row in rows]
 
 
 def delete(connection: sa.Connection, sandbox_id: str, preview_id: str) -> bool:
@@ -89,10 +93,9 @@ def put_share(connection: sa.Connection, share: ShareRow) -> None:
 
 def find_shares(connection: sa.Connection, sandbox_id: str | None, *, now: float) -> list[ShareRow]:
     """The shares of a sandbox, or of all, that have not expired, oldest first."""
-    statement = sa.select(shares).where(shares.c.expires_at > now).order_by(shares.c.created_at)
-    if sandbox_id is not None:
-        statement = statement.where(shares.c.sandbox_id == sandbox_id)
-    return [ShareRow(*row) for row in connection.execute(statement)]
+    statement = _ALL_SHARES if sandbox_id is None else _SHARES_OF_SANDBOX
+    rows = connection.execute(statement, {"sandbox_id": sandbox_id, "now": now})
+    return [ShareRow(*row) for row in rows]
 
 
 def revoke_shares(connection: sa.Connection, sandbox_id: str, *, share_id: str | None, preview_id: str | None) -> int:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from gateway.resources import Attribution, IdleAction, PauseKind, Sandbox, SandboxState
 from gateway.store import pauses
-from gateway.store.schema import LIVING, sandboxes
+from gateway.store.schema import IS_LIVING, LIVING, sandboxes
 from gateway.store.types import has_label
 
 _ATTRIBUTION = ("project_id", "external_workspace_id", "external_user_id", "external_project_id")
@@ -25,13 +25,35 @@ _BY_NAME = (
     sa.select(sandboxes)
     .where(
         sandboxes.c.workspace_id == sa.bindparam("workspace_id"),
-        sandboxes.c.state.in_(LIVING),
+        IS_LIVING,
         sa.or_(sandboxes.c.name == sa.bindparam("name"), sandboxes.c.slug == sa.bindparam("name")),
     )
     # A name wins over a slug that looks like it.
     .order_by(sa.case((sandboxes.c.name == sa.bindparam("name"), 0), else_=1))
     .limit(1)
 )
+#: Everything that can stand in the way of a new sandbox, in one statement.
+_ROOM = sa.select(
+    sa.select(sa.func.count())
+    .where(sandboxes.c.workspace_id == sa.bindparam("workspace_id"), IS_LIVING)
+    .scalar_subquery(),
+    sa.exists().where(
+        sandboxes.c.workspace_id == sa.bindparam("workspace_id"),
+        sandboxes.c.name == sa.bindparam("name"),
+        sandboxes.c.id != sa.bindparam("but"),
+        IS_LIVING,
+    ),
+    sa.exists().where(sandboxes.c.slug == sa.bindparam("slug"), sandboxes.c.id != sa.bindparam("but"), IS_LIVING),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many living sandboxes a workspace has, and whether one of them has the name, or any at all the slug."""
+
+    living: int
+    is_name_taken: bool
+    is_slug_taken: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +98,10 @@ def find_in_states(connection: sa.Connection, states: Sequence[SandboxState]) ->
     return [_sandbox(row) for row in rows]
 
 
-def count_living(connection: sa.Connection, workspace_id: str) -> int:
-    """How many places of a workspace's limit are taken."""
-    statement = (
-        sa.select(sa.func.count())
-        .select_from(sandboxes)
-        .where(sandboxes.c.workspace_id == workspace_id, sandboxes.c.state.in_(LIVING))
-    )
-    return connection.execute(statement).scalar_one()
+def room(connection: sa.Connection, wanted: Sandbox) -> Room:
+    """What a new sandbox would collide with."""
+    values = {"workspace_id": wanted.workspace_id, "name": wanted.name, "slug": wanted.slug, "but": wanted.id}
+    return Room(*connection.execute(_ROOM, values).one())
 
 
 def is_name_taken(connection: sa.Connection, workspace_id: str, name: str, *, but: str) -> bool:
@@ -91,25 +109,21 @@ def is_name_taken(connection: sa.Connection, workspace_id: str, name: str, *, bu
     statement = sa.select(sandboxes.c.id).where(
         sandboxes.c.workspace_id == workspace_id,
         sandboxes.c.name == name,
-        sandboxes.c.state.in_(LIVING),
+        IS_LIVING,
         sandboxes.c.id != but,
     )
     return connection.execute(statement).first() is not None
 
 
-def is_slug_taken(connection: sa.Connection, slug: str) -> bool:
-    """Whether a living sandbox of any workspace has the slug."""
-    statement = sa.select(sandboxes.c.id).where(sandboxes.c.slug == slug, sandboxes.c.state.in_(LIVING))
-    return connection.execute(statement).first() is not None
-
-
-def insert(connection: sa.Connection, sandbox: Sandbox) -> None:
-    """Add a row."""
+def insert(connection: sa.Connection, sandbox: Sandbox, *, version: int | None = None) -> None:
+    """Add a row. version: as told to the plane already, if it has been."""
     values: dict[str, Any] = {name: getattr(sandbox, name) for name in _PLAIN}
     values |= {name: getattr(sandbox.attribution, name) for name in _ATTRIBUTION}
     values["env"] = dict(sandbox.env)
     values["metadata"] = dict(sandbox.metadata)
-    connection.execute(sa.insert(sandboxes), values | {"state": sandbox.state.value, "version": _version_now()})
+    connection.execute(
+        sa.insert(sandboxes), values | {"state": sandbox.state.value, "version": version or version_now()}
+    )
 
 
 def delete(connection: sa.Connection, sandbox_id: str) -> None:
@@ -142,16 +156,16 @@ def touch(connection: sa.Connection, sandbox_id: str) -> None:
     connection.execute(sa.update(sandboxes).where(sandboxes.c.id == sandbox_id).values(version=_next_version()))
 
 
-def find_versions(
-    connection: sa.Connection, *, sandbox_id: str | None = None, states: Sequence[SandboxState] | None = None
-) -> list[tuple[Sandbox, int]]:
-    """Sandboxes with their versions: one, or those of every workspace in one of the states."""
-    statement = sa.select(sandboxes)
-    if sandbox_id is not None:
-        statement = statement.where(sandboxes.c.id == sandbox_id)
-    if states is not None:
-        statement = statement.where(sandboxes.c.state.in_(states))
-    return [(_sandbox(row), row.version) for row in connection.execute(statement)]
+def get_version(connection: sa.Connection, sandbox_id: str) -> tuple[Sandbox, int] | None:
+    """A sandbox with its version."""
+    row = connection.execute(_BY_ID, {"sandbox_id": sandbox_id}).first()
+    return (_sandbox(row), row.version) if row else None
+
+
+def find_versions(connection: sa.Connection, states: Sequence[SandboxState]) -> list[tuple[Sandbox, int]]:
+    """Sandboxes of every workspace in one of the states, with their versions."""
+    rows = connection.execute(sa.select(sandboxes).where(sandboxes.c.state.in_(states)))
+    return [(_sandbox(row), row.version) for row in rows]
 
 
 def prune(connection: sa.Connection, destroyed_before: float, *, limit: int) -> int:
@@ -175,12 +189,13 @@ def _conditions(wanted: Filter) -> list[sa.ColumnElement[bool]]:
     return conditions
 
 
-def _version_now() -> int:
+def version_now() -> int:
+    """A version greater than any that was given out before, unless the clock was set back."""
     return time.time_ns() // 1000
 
 
 def _next_version() -> sa.ColumnElement[int]:
-    now = sa.literal(_version_now(), sa.BigInteger)
+    now = sa.literal(version_now(), sa.BigInteger)
     # Two changes in one microsecond, or a clock set back, must still count up.
     return sa.case((sandboxes.c.version >= now, sandboxes.c.version + 1), else_=now)
 

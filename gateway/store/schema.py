@@ -24,7 +24,8 @@ _HASH = sa.String(64)
 
 #: States in which a sandbox holds a name, a slug and a place in its workspace's limit.
 LIVING = ("provisioning", "running", "paused")
-_IS_LIVING = sa.text("state IN ('provisioning', 'running', 'paused')")
+#: The same as a condition, spelt as in the partial indexes below: SQLite uses those for nothing else.
+IS_LIVING = sa.text("state IN ('provisioning', 'running', 'paused')")
 
 workspaces = sa.Table(
     "workspaces",
@@ -105,10 +106,10 @@ sandboxes = sa.Table(
         "workspace_id",
         "name",
         unique=True,
-        sqlite_where=_IS_LIVING,
-        postgresql_where=_IS_LIVING,
+        sqlite_where=IS_LIVING,
+        postgresql_where=IS_LIVING,
     ),
-    sa.Index("uq_sandboxes_living_slug", "slug", unique=True, sqlite_where=_IS_LIVING, postgresql_where=_IS_LIVING),
+    sa.Index("uq_sandboxes_living_slug", "slug", unique=True, sqlite_where=IS_LIVING, postgresql_where=IS_LIVING),
 )
 
 pauses = sa.Table(

@@ -13,6 +13,18 @@ from gateway.store.schema import sandboxes, templates
 #: A sandbox that is being made still reads the image; one that runs does not need it any more.
 _READING = "provisioning"
 
+_NAME: sa.BindParameter[str] = sa.bindparam("name")
+_BY_NAME = (
+    sa.select(templates)
+    .where(
+        templates.c.workspace_id == sa.bindparam("workspace_id"),
+        sa.or_(templates.c.slug == _NAME, templates.c.id == _NAME, templates.c.name == _NAME),
+    )
+    # A slug is unique, a name need not be: the newest wins.
+    .order_by(sa.case((templates.c.slug == _NAME, 0), else_=1), templates.c.created_at.desc())
+    .limit(1)
+)
+
 
 def insert(connection: sa.Connection, template: Template, workspace_id: str) -> None:
     """Add a row, without a build to start from."""
@@ -36,17 +48,7 @@ def insert(connection: sa.Connection, template: Template, workspace_id: str) -> 
 
 def get(connection: sa.Connection, workspace_id: str, name: str) -> Template | None:
     """A workspace's own, by id, slug or name."""
-    statement = (
-        sa.select(templates)
-        .where(
-            templates.c.workspace_id == workspace_id,
-            sa.or_(templates.c.slug == name, templates.c.id == name, templates.c.name == name),
-        )
-        # A slug is unique, a name need not be: the newest wins.
-        .order_by(sa.case((templates.c.slug == name, 0), else_=1), templates.c.created_at.desc())
-        .limit(1)
-    )
-    row = connection.execute(statement).first()
+    row = connection.execute(_BY_NAME, {"workspace_id": workspace_id, "name": name}).first()
     return _template(row) if row else None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.commands import CreateSandbox
+from gateway.commands import CreateSandbox, StreamEvents
 from gateway.engine import Context, Engine
 from gateway.engine.plan import Origin, plan
 from gateway.events import EventLog
@@ -37,6 +37,12 @@ class Recorder:
 
     async def push(self, sandbox_id: str) -> None:
         self.pushed.append(sandbox_id)
+
+    async def push_new(self, sandbox: Sandbox, version: int) -> None:
+        self.pushed.append(sandbox.id)
+
+    async def drop(self, sandbox_id: str, version: int) -> None:
+        self.pushed.append(f"{sandbox_id} dropped")
 
     async def push_running(self, sandbox_id: str, address: str) -> None:
         self.pushed.append(f"{sandbox_id} running at {address}")
@@ -94,6 +100,12 @@ async def offline(tmp_path: Path, database: Database, routes: Recorder, settings
     """An engine whose host is not there."""
     async with HostClient(str(tmp_path / "no.sock")) as host:
         yield Engine(Context(database, host, routes, EventLog(database, routes.poke), settings))
+
+
+async def event_types(engine: Engine, principal: Principal, resource_id: str) -> list[str]:
+    """What has happened to something, in order."""
+    pages = await engine.stream_events(principal, StreamEvents(0, resource_id=resource_id))
+    return [event.type async for page in pages for event in page]
 
 
 async def put_running(engine: Engine, principal: Principal, **fields: object) -> Sandbox:

@@ -20,7 +20,6 @@ from gateway.commands import (
     PauseSandbox,
     ResumeSandbox,
     SetEnv,
-    StreamEvents,
     UpdateSandbox,
 )
 from gateway.engine import Engine
@@ -29,7 +28,7 @@ from gateway.errors import GatewayError
 from gateway.reconciler import Pace, Reconciler
 from gateway.resources import IdleAction, PauseKind, Principal, Sandbox, SandboxState
 from gateway.wakes import WakeRelay
-from tests.gateway.engine.conftest import Recorder
+from tests.gateway.engine.conftest import Recorder, event_types
 from vmm.types import MachineState
 
 RUNNING, PAUSED = SandboxState.RUNNING, SandboxState.PAUSED
@@ -61,18 +60,6 @@ async def become(engine: Engine, principal: Principal, sandbox_id: str, state: S
             if sandbox.state is state:
                 return sandbox
             await asyncio.sleep(0.01)
-
-
-async def event_types(engine: Engine, principal: Principal, sandbox_id: str) -> list[str]:
-    events = await engine.stream_events(principal, StreamEvents(0, resource_id=sandbox_id))
-    types = []
-    try:
-        async with asyncio.timeout(0.2):
-            async for event in events:
-                types.append(event.type)  # noqa: PERF401 - it ends by the clock
-    except TimeoutError:
-        pass
-    return types
 
 
 async def test_a_paused_sandbox_says_so_and_goes_on_when_resumed(
