@@ -2,12 +2,12 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run doctor setup setup-dev build test lint types rust pytest clients fmt bench bench-baseline bench-proxy fuzz docs lock clean
+.PHONY: help run doctor setup setup-dev build test lint types rust pytest clients fmt bench bench-baseline bench-proxy bench-isolation fuzz docs lock clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 help: ## Show the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do printf '%-14s %s\n' "$$target" "$$text"; done
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do printf '%-15s %s\n' "$$target" "$$text"; done
 
 run: build ## Set up, build and serve in the foreground; Ctrl-C stops everything
 	@exec sandgate serve
@@ -55,13 +55,16 @@ fmt: ## Format everything
 	@ruff format .
 	@cargo fmt --manifest-path native/Cargo.toml --all
 
-bench: bench-baseline bench-proxy ## Every measurement of docs/performance.md
+bench: bench-baseline bench-proxy bench-isolation ## Every measurement of docs/performance.md
 
 bench-baseline: build ## Measure a running stack (loadtests/baseline)
 	@python -m loadtests.baseline
 
 bench-proxy: build ## Compare the plane with other proxies (loadtests/proxy); CASES="http-1k tls-1k" chooses
 	@python -m loadtests.proxy $(CASES)
+
+bench-isolation: build ## 100,000 requests while parts of a server die and routes change (loadtests/isolation)
+	@python -m loadtests.isolation
 
 fuzz: ## Fuzz every parser, SECONDS=300 each; TARGETS="request body" chooses
 	@scripts/fuzz $(or $(SECONDS),300) $(TARGETS)

@@ -21,12 +21,13 @@ STOP_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What to measure. pid is None for a server that we did not start."""
+    """What to measure. pid and environment are None for a server that we did not start."""
 
     base_url: str
     key: str
     admin_url: str | None = None
     pid: int | None = None
+    environment: Mapping[str, str] | None = None
 
 
 class StartFailed(Exception):
@@ -63,7 +64,7 @@ async def serve(settings: Mapping[str, str]) -> AsyncIterator[Target]:
             admin_url = f"http://127.0.0.1:{admin_port}"
             await _until_ready(process, log, admin_port)
             credentials = orjson.loads(Path(home, "credentials.json").read_bytes())
-            yield Target(credentials["base_url"], credentials["api_key"], admin_url, process.pid)
+            yield Target(credentials["base_url"], credentials["api_key"], admin_url, process.pid, environment)
         finally:
             await _stop(process)
 

@@ -19,7 +19,7 @@ text.axis { fill: #565e70; font-size: 12px; } .met { color: #1b7a3d; } .missed {
 .first { fill: #2a6f97; } .other { fill: #a9b8c4; } .range { stroke: #1c2230; stroke-width: 1.5; }
 .p50 { fill: #2a6f97; } .p99 { fill: #e0a458; } .p999 { fill: #c1553b; } .grid { stroke: #e3e3dd; }
 """
-_WIDTH, _LEFT, _RIGHT, _ROW = 860, 190, 130, 30
+_WIDTH, _LEFT, _RIGHT, _ROW = 880, 190, 160, 30
 
 
 def html(results: Sequence[Result], about: dict[str, Any]) -> str:
