@@ -20,6 +20,7 @@ from vmm.host.machine import Machine
 from vmm.host.pool import Pool
 from vmm.host.snapshots import Snapshots
 from vmm.host.units import Units
+from vmm.images.store import ImageStore
 from vmm.tasks import run_in_background, stop
 from vmm.types import (
     ChildSpec,
@@ -73,7 +74,8 @@ class Machines:
         self._is_closing = False
         self._chores: list[asyncio.Task[None]] = []
         self.snapshots = Snapshots(Journal(host / "snapshots", SnapshotRecord), self._changed)
-        self._images = Images(host / "images", driver, self.snapshots.image_of, self._is_needed)
+        store = ImageStore(host / "images", disk_mib_max=config.images_mib_max)
+        self._images = Images(store, driver, self.snapshots.image_of, self._is_needed)
         self.snapshots.images = self._images
         self._units = Units(driver, boot_timeout_s=config.boot_timeout_s)
         self.pool = Pool(
@@ -96,6 +98,7 @@ class Machines:
     async def open(self) -> None:
         """Get the driver ready, adopt what still runs, finish what was under way, and end what nobody knows."""
         await self.driver.open()
+        await asyncio.to_thread(self._images.load)
         await self.snapshots.load()
         for record in await asyncio.to_thread(self._journal.load):
             await self._recover(record)
@@ -174,7 +177,8 @@ class Machines:
         capture = await parent.save(image)
         if capture.saved is None:
             return capture.image, 0.0
-        await self._images.publish(image, capture.saved, capture.record, lambda _: None)
+        # It is gone as soon as the children have read it: not worth waiting for the disk.
+        await self._images.publish(image, capture.saved, capture.record, lambda _: None, is_durable=False)
         return image, capture.saved.pause_s * 1000
 
     async def _fork_one(self, spec: MachineSpec, image: str) -> MachineInfo | ForkFailure:

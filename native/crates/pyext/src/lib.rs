@@ -2,6 +2,7 @@
 //!
 //! Only converts between Python and the crates that carry the logic. Every function is listed in `native/_core.pyi`.
 
+mod images;
 mod pool;
 
 use pyo3::create_exception;
@@ -34,6 +35,7 @@ fn parse_host(header: &str, domains: Vec<String>) -> PyResult<Parsed> {
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("HostError", module.py().get_type::<HostError>())?;
+    images::add(module)?;
     pool::add(module)?;
     module.add_function(wrap_pyfunction!(parse_host, module)?)
 }
