@@ -50,7 +50,7 @@ DEFAULT = Recipe(
     name="miosa-sandbox",
     description="Debian 12 with Python 3.11, Node.js 18 and git",
     # An alias says which kind of template a caller meant; the description says what is really inside.
-    aliases=("default", "python", "python-3.12", "node"),
+    aliases=("default", "python", "python-3.12", "node", "react-vite", "static"),
     suite="bookworm",
     packages=(
         "bash",
