@@ -20,6 +20,7 @@ def plane_argv(settings: Settings) -> list[str | Path]:
         *("--admin-listen", settings.admin_listen),
         *("--api-socket", settings.api_socket),
         *("--control-socket", settings.plane_socket),
+        *("--hostd-socket", settings.hostd_socket),
         *("--domain", settings.domain),
         *("--drain-timeout-s", str(settings.drain_timeout_s)),
     ]

@@ -12,6 +12,8 @@ from typing import Any
 
 #: The header of an order.
 HEADER = "x-sandgate-stream"
+#: The header's value for a process's output; the body says which and in which words (docs/protocol.md).
+OUTPUT_ORDER = '{"kind":"output"}'
 
 
 @dataclass(frozen=True, slots=True)

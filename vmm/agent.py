@@ -62,7 +62,11 @@ class Agent:
 
         deadline: of starting it, and of every recovery after a break; it does not limit how long the process runs.
         """
-        return await Execution(self._links, command.to_op(exec_id) | self._address, deadline).start()
+        return await Execution(self._links, self.exec_op(exec_id, command), deadline).start()
+
+    def exec_op(self, exec_id: str, command: Command) -> dict[str, Any]:
+        """What starts a process on a connection to hostd, for somebody else to send."""
+        return command.to_op(exec_id) | self._address
 
     async def run(
         self,
@@ -106,12 +110,16 @@ class Agent:
 
         follow: False ends with what is kept now, unless the process has ended already.
         """
-        op: dict[str, Any] = {"op": "attach", "follow": follow} | _process(exec_id, pid) | self._address
+        op = self.attach_op(exec_id, pid=pid) | {"follow": follow}
         if offsets is not None:
             op["offsets"] = {str(channel): offset for channel, offset in offsets.items()}
         if tail_bytes is not None:
             op["tail_bytes"] = tail_bytes
         return await Execution(self._links, op, deadline).start()
+
+    def attach_op(self, exec_id: str | None = None, *, pid: int | None = None) -> dict[str, Any]:
+        """What joins a process on a connection to hostd, for somebody else to send."""
+        return {"op": "attach"} | _process(exec_id, pid) | self._address
 
     async def processes(self, *, deadline: float | None = None) -> Sequence[ProcessRecord]:
         """Every process that the agent started and still knows."""

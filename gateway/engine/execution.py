@@ -19,7 +19,7 @@ from gateway.commands import (
     WriteStdin,
 )
 from gateway.engine.context import Context
-from gateway.engine.output import OutputStream, exec_result, last_lines, output_chunk, process
+from gateway.engine.output import OutputRequest, exec_result, last_lines, output_chunk, process
 from gateway.engine.translate import vmm_errors
 from gateway.errors import invalid
 from gateway.resources import ExecResult, OutputChunk, Principal, Process
@@ -61,13 +61,15 @@ class ExecutionService:
             )
         return exec_result(completed)
 
-    async def stream_exec(self, principal: Principal, command: StreamExec) -> OutputStream:
-        """Start a command and give its output as it comes; closing the stream early kills it. Raises as `exec`."""
+    async def stream_exec(self, principal: Principal, command: StreamExec) -> OutputRequest:
+        """What the plane is to run; whoever leaves its output early takes the process along.
+
+        Raises GatewayError: sandbox_not_found, sandbox_not_running, validation_failed.
+        """
         self._check_timeout(command.timeout_s)
         agent = await self._context.agent(principal, command.sandbox_id)
-        with vmm_errors():
-            execution = await agent.exec(command.effect_id, _command(command, timeout_s=command.timeout_s))
-        return OutputStream(execution, is_owner=True)
+        spec = _command(command, timeout_s=command.timeout_s)
+        return OutputRequest(agent.exec_op(command.effect_id, spec), kills=True)
 
     async def start_process(self, principal: Principal, command: StartProcess) -> Process:
         """Start a background process. Raises as `exec`."""
@@ -123,12 +125,10 @@ class ExecutionService:
                 chunks = [output_chunk(chunk) async for chunk in execution]
         return tuple(chunks if command.tail_lines is None else last_lines(chunks, command.tail_lines))
 
-    async def stream_process_output(self, principal: Principal, command: StreamProcessOutput) -> OutputStream:
-        """What is kept, then what comes, then the exit; closing the stream leaves the process alone."""
+    async def stream_process_output(self, principal: Principal, command: StreamProcessOutput) -> OutputRequest:
+        """What the plane is to follow: what is kept, then what comes. Leaving it leaves the process alone."""
         agent = await self._context.agent(principal, command.sandbox_id)
-        with vmm_errors():
-            execution = await agent.attach(pid=command.pid)
-        return OutputStream(execution, is_owner=False)
+        return OutputRequest(agent.attach_op(pid=command.pid), kills=False)
 
     def _check_timeout(self, timeout_s: float) -> None:
         most = self._context.settings.exec_timeout_max_s

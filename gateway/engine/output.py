@@ -4,51 +4,26 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Sequence
-from typing import Literal, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from gateway.engine.translate import vmm_errors
 from gateway.resources import ExecResult, OutputChunk, Process, ProcessExit
 from vmm import guest
-from vmm.execution import Execution
 from vmm.stream import PTY, STDERR, STDOUT, Chunk
 
 _STREAMS: dict[int, Literal["stdout", "stderr", "pty"]] = {STDOUT: "stdout", STDERR: "stderr", PTY: "pty"}
 
 
-class OutputStream:
-    """An async iterator of a process's OutputChunks and, when it has ended, its ProcessExit.
+@dataclass(frozen=True, slots=True)
+class OutputRequest:
+    """A process whose output the plane passes on.
 
-    Whoever stops early calls `aclose`: it kills the process, or only leaves it when `is_owner` is False.
+    op: what it sends to hostd (docs/protocol.md, "Frames").  kills: whether a caller who leaves takes it along.
     """
 
-    def __init__(self, execution: Execution, *, is_owner: bool) -> None:
-        self._execution = execution
-        self._is_owner = is_owner
-        self._is_over = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> OutputChunk | ProcessExit:
-        if self._is_over:
-            raise StopAsyncIteration
-        with vmm_errors():
-            chunk = await anext(self._execution, None)
-        if chunk is not None:
-            return output_chunk(chunk)
-        self._is_over = True
-        if self._execution.exit is None:
-            raise StopAsyncIteration
-        return process_exit(self._execution.exit)
-
-    async def aclose(self) -> None:
-        """Leave the stream."""
-        self._is_over = True
-        if self._is_owner and self._execution.exit is None:
-            self._execution.kill()
-        else:
-            self._execution.close()
+    op: Mapping[str, Any]
+    kills: bool
 
 
 def output_chunk(chunk: Chunk) -> OutputChunk:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from gateway.errors import GatewayError
 from vmm.errors import VmmError
@@ -64,6 +65,19 @@ _MESSAGES: dict[str, str] = {
 }
 #: Codes whose `detail` is the cause and may be shown.
 _WITH_CAUSE = frozenset({"machine_not_running", "agent_unreachable"})
+
+
+class Spelling(NamedTuple):
+    """How an error of the machine layer is told. message None: its own; with_cause: its detail in brackets after it."""
+
+    code: str
+    message: str | None
+    with_cause: bool
+
+
+def spellings() -> dict[str, Spelling]:
+    """What `from_vmm` does, for who must do it elsewhere; any other code is told as `internal`."""
+    return {code: Spelling(own, _MESSAGES.get(code), with_cause=code in _WITH_CAUSE) for code, own in CODES.items()}
 
 
 def from_vmm(error: VmmError) -> GatewayError:

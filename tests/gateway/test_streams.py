@@ -1,4 +1,4 @@
-"""Event streams of a real server: nothing is lost and nothing comes twice, whichever part is killed."""
+"""Streams of a real server: nothing is lost and nothing comes twice, whichever part is killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.server import ServerProcess
 
 PATIENCE_S = 30.0
 #: What the command line of each part's processes has in it.
-PARTS = {"api": "run-api", "plane": "sandgate-plane"}
+PARTS = {"api": "run-api", "hostd": "run-hostd", "plane": "sandgate-plane"}
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +184,96 @@ async def test_a_ticket_opens_a_stream_that_goes_on(api: httpx.AsyncClient) -> N
                 if line.startswith("data: "):
                     assert orjson.loads(line[6:])["id"] == made["id"]
                     break
+
+
+@pytest.fixture(scope="module")
+def sandbox(server: ServerProcess) -> str:
+    """The path of a sandbox."""
+    headers = {"authorization": f"Bearer {server.api_key}"}
+    made = httpx.post(f"{server.base_url}/sandboxes", json={}, headers=headers, timeout=60, trust_env=False)
+    assert made.status_code == 201, made.text
+    return f"/sandboxes/{made.json()['id']}"
+
+
+async def frames(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    assert response.status_code == 200, await response.aread()
+    async for line in response.aiter_lines():
+        if line.startswith("data: "):
+            yield orjson.loads(line[6:])
+
+
+async def run(api: httpx.AsyncClient, sandbox: str, command: str) -> list[dict[str, Any]]:
+    async with (
+        asyncio.timeout(PATIENCE_S),
+        api.stream("POST", f"{sandbox}/exec/stream", json={"command": command}) as response,
+    ):
+        return [frame async for frame in frames(response)]
+
+
+async def test_output_comes_in_lines_of_text(api: httpx.AsyncClient, sandbox: str) -> None:
+    command = (
+        r"printf 'a\tb\"c\\\xff\xe2\x82\xac\r\n\n\x1b[0m'; sleep 0.3; printf 'rest\xe2' >&2; sleep 0.3; kill -9 $$"
+    )
+    found = await run(api, sandbox, command)
+    assert [(frame["type"], frame.get("line"), frame.get("stream")) for frame in found] == [
+        ("stdout", 'a\tb"c\\\ufffd€\r\n', "stdout"),
+        ("stdout", "\n", "stdout"),
+        ("stdout", "\x1b[0m", "stdout"),
+        ("stderr", "rest", "stderr"),
+        ("stderr", "\ufffd", "stderr"),
+        ("exit", None, None),
+    ]
+    ended = found[-1]
+    assert (ended["exit_code"], ended["signal"], ended["reason"]) == (137, 9, "signaled")
+    assert isinstance(ended["duration_ms"], int)
+
+
+async def test_much_output_comes_whole(api: httpx.AsyncClient, sandbox: str) -> None:
+    found = await run(api, sandbox, "seq 1 200000; seq 1 1000 >&2; exit 3")
+    numbers = [str(number) + "\n" for number in range(1, 200_001)]
+    assert [frame["line"] for frame in found if frame["type"] == "stdout"] == numbers
+    assert [frame["line"] for frame in found if frame["type"] == "stderr"] == numbers[:1000]
+    assert found[-1]["exit_code"] == 3
+
+
+async def test_output_goes_on_after_hostd_and_the_api_were_killed(
+    server: ServerProcess, api: httpx.AsyncClient, sandbox: str
+) -> None:
+    command = "for i in $(seq 1 150); do echo $i; sleep 0.02; done"
+    lines = []
+    async with (
+        asyncio.timeout(60),
+        api.stream("POST", f"{sandbox}/exec/stream", json={"command": command, "timeout": 60}) as response,
+    ):
+        async for frame in frames(response):
+            if frame["type"] == "stdout":
+                lines.append(frame["line"])
+            if len(lines) == 20 and frame["type"] == "stdout":
+                kill(server, "api")
+                kill(server, "hostd")
+    # Whatever comes next finds the API back.
+    await now(api)
+    assert lines == [f"{number}\n" for number in range(1, 151)]
+    assert (frame["type"], frame.get("exit_code")) == ("exit", 0)
+
+
+async def test_who_leaves_takes_the_command_along(server: ServerProcess, api: httpx.AsyncClient, sandbox: str) -> None:
+    async def is_running() -> bool:
+        listed = await api.get(f"{sandbox}/processes")
+        return any(one["running"] and "987" in one["command"] for one in listed.json()["data"])
+
+    async with api.stream("POST", f"{sandbox}/exec/stream", json={"command": "echo on; sleep 987"}) as response:
+        assert (await anext(frames(response)))["line"] == "on\n"
+        assert await is_running()
+    async with asyncio.timeout(PATIENCE_S):
+        while await is_running():
+            await asyncio.sleep(0.05)
+    admin = (await api.get(f"{server.admin_url}/metrics")).text
+    assert "\nsandgate_plane_stream_outputs 0\n" in admin
+
+
+async def test_a_client_that_does_not_read_holds_up_its_own_command_only(api: httpx.AsyncClient, sandbox: str) -> None:
+    async with api.stream("POST", f"{sandbox}/exec/stream", json={"command": "yes; echo"}) as response:
+        assert response.status_code == 200
+        for _ in range(3):
+            assert (await run(api, sandbox, "echo hello"))[0]["line"] == "hello\n"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fnmatch
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -22,6 +24,8 @@ from tests.previews.event_log import HEARTBEAT, OPEN, EventLog, Reader, reading,
 from tests.previews.harness import PATIENCE_S, Exchange, Plane, unix_upstream
 from tests.previews.http2 import http2_client, pseudo
 from tests.support.certificates import Authority
+
+VECTORS = Path(__file__).resolve().parents[1] / "vectors"
 
 
 @pytest.fixture
@@ -67,6 +71,12 @@ async def test_events_follow_on_the_backlog(plane: Plane, log: EventLog) -> None
         assert await plane.metric("sandgate_plane_stream_events_total") == 6
     await has_subscribers(plane, 0)
     assert await ends(plane, "left") == 3
+
+
+def test_patterns_match_as_in_python() -> None:
+    """The plane's own test reads the same table."""
+    for pattern, name, expected in json.loads((VECTORS / "patterns.json").read_bytes()):
+        assert fnmatch.fnmatchcase(name, pattern) == expected
 
 
 @pytest.mark.usefixtures("worker")

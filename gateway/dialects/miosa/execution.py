@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import codecs
-import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal, NotRequired, TypedDict
 
 import msgspec
@@ -13,13 +11,12 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from gateway import commands, resources
-from gateway.dialects.miosa import answers, decode, sse
+from gateway.dialects.miosa import answers, decode, outputs
 from gateway.dialects.miosa.answers import iso, iso_time
 from gateway.dialects.miosa.decode import first
 from gateway.dialects.miosa.route import EVENT_STREAM, NOTHING, Route, bare, many, one
 from gateway.errors import invalid
 from gateway.pipeline import Call
-from gateway.resources import OutputChunk, ProcessExit
 
 EXEC = "sandboxes:write"
 READ = "sandboxes:read"
@@ -28,8 +25,6 @@ TIMEOUT_S = 30.0
 TIMEOUT_S_MAX = 600.0
 #: Beyond the command's own limit: starting it, and killing it when it overruns.
 _GRACE_S = 15.0
-#: Output without a line end is passed on after this pause, so that a progress bar moves.
-_PARTIAL_LINE_S = 0.05
 _EXEC_BYTES_MAX = 16 * 1024 * 1024
 
 Argv = Annotated[list[decode.Argument], Meta(min_length=1, max_length=4096)]
@@ -259,7 +254,7 @@ async def stream(call: Call, body: ExecRequest) -> Response:
         user=body.runs_as,
         timeout_s=first(body.timeout_s, TIMEOUT_S),
     )
-    return output_stream(call, await call.engine.stream_exec(call.principal, command))
+    return outputs.ordered(call, await call.engine.stream_exec(call.principal, command))
 
 
 async def start(call: Call, body: ExecRequest) -> Process:
@@ -337,63 +332,7 @@ async def logs(call: Call, query: TailQuery) -> ProcessLogs:
 async def stream_logs(call: Call) -> Response:
     """What is kept of a process's output, then what it writes, then its `exit`."""
     command = commands.StreamProcessOutput(decode.sandbox_id(call), decode.pid(call))
-    return output_stream(call, await call.engine.stream_process_output(call.principal, command))
-
-
-def output_stream(call: Call, output: answers.Source[OutputChunk | ProcessExit]) -> Response:
-    """A process's output as an event stream."""
-    return sse.response(call, output_frames(output), source=output)
-
-
-async def output_frames(output: AsyncIterator[OutputChunk | ProcessExit]) -> sse.Frames:
-    """Output as one frame per line; an unfinished line goes out when nothing follows it for a moment."""
-    channels = {name: _Lines(name) for name in ("stdout", "stderr", "pty")}
-    async with contextlib.aclosing(sse.paused(output, _PARTIAL_LINE_S)) as items:
-        async for item in items:
-            match item:
-                case OutputChunk():
-                    frames = channels[item.stream].feed(item.data)
-                case ProcessExit():
-                    frames = b"".join(lines.flush(final=True) for lines in channels.values()) + _exit_frame(item)
-                case _:
-                    frames = b"".join(lines.flush() for lines in channels.values())
-            if frames:
-                yield frames
-
-
-class _Lines:
-    """Cuts one channel's bytes into frames of one line, whatever the chunks' borders."""
-
-    def __init__(self, name: str) -> None:
-        self._kind = "stderr" if name == "stderr" else "stdout"
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._partial = ""
-
-    def feed(self, data: bytes) -> bytes:
-        text = self._partial + self._decoder.decode(data)
-        lines = text.split("\n")
-        self._partial = lines.pop()
-        return b"".join(self._frame(line + "\n") for line in lines)
-
-    def flush(self, *, final: bool = False) -> bytes:
-        text = self._partial + self._decoder.decode(b"", final=final) if final else self._partial
-        self._partial = ""
-        return self._frame(text) if text else b""
-
-    def _frame(self, line: str) -> bytes:
-        return sse.frame(self._kind, {"line": line, "stream": self._kind})
-
-
-def _exit_frame(item: ProcessExit) -> bytes:
-    return sse.frame(
-        "exit",
-        {
-            "exit_code": item.exit_code,
-            "signal": item.signal,
-            "reason": item.reason,
-            "duration_ms": round(item.duration_ms),
-        },
-    )
+    return outputs.ordered(call, await call.engine.stream_process_output(call.principal, command))
 
 
 _ONE = "/sandboxes/{sandbox_id}"

@@ -10,7 +10,7 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from gateway import commands
-from gateway.dialects.miosa import decode, execution
+from gateway.dialects.miosa import decode, outputs, sse
 from gateway.dialects.miosa.route import EVENT_STREAM, NOTHING, Route, one
 from gateway.errors import invalid
 from gateway.pipeline import Call
@@ -102,7 +102,7 @@ async def stream_logs(call: Call, query: LinesQuery) -> Response:
     """The same, then what comes."""
     command = commands.StreamLogs(decode.sandbox_id(call), query.lines)
     chunks = await call.engine.stream_logs(call.principal, command)
-    return execution.output_stream(call, chunks)
+    return sse.response(call, outputs.frames(chunks), source=chunks)
 
 
 _ONE = "/sandboxes/{sandbox_id}"

@@ -43,7 +43,7 @@ from gateway.commands import (
 )
 from gateway.engine import Engine
 from gateway.errors import GatewayError
-from gateway.resources import ExecResult, OutputChunk, Principal, ProcessExit, Sandbox
+from gateway.resources import ExecResult, Principal, Sandbox
 
 
 def new_id() -> str:
@@ -134,37 +134,22 @@ async def test_a_command_that_cannot_start_says_why(
     assert await code_of(shell(real, principal, box, "true", **fields)) == code
 
 
-async def test_streamed_output_comes_as_it_is_written(real: Engine, principal: Principal, box: Sandbox) -> None:
-    command = StreamExec(box.id, new_id(), shell="echo one; read -t 0.3 x < <(sleep 1); echo two >&2; exit 3")
-    stream = await real.stream_exec(principal, command)
-    first = await anext(stream)
-    assert first == OutputChunk("stdout", 0, b"one\n")
-    rest = [item async for item in stream]
-    assert rest[:-1] == [OutputChunk("stderr", 0, b"two\n")]
-    assert isinstance(rest[-1], ProcessExit)
-    assert rest[-1].exit_code == 3
+async def test_a_streamed_command_is_left_to_the_plane(real: Engine, principal: Principal, box: Sandbox) -> None:
+    exec_id = new_id()
+    request = await real.stream_exec(principal, StreamExec(box.id, exec_id, shell="true"))
+    assert request.kills
+    assert {"op": "exec", "to": box.id, "id": exec_id, "shell": "true", "timeout_s": 30.0}.items() <= request.op.items()
+    request = await real.stream_process_output(principal, StreamProcessOutput(box.id, 7))
+    assert (request.kills, request.op) == (False, {"op": "attach", "pid": 7, "to": box.id})
+    assert await code_of(real.stream_exec(principal, StreamExec(box.id, new_id(), argv=["a"], shell="a"))) == (
+        "validation_failed"
+    )
 
 
-async def test_leaving_a_streamed_command_kills_it(real: Engine, principal: Principal, box: Sandbox) -> None:
-    stream = await real.stream_exec(principal, StreamExec(box.id, new_id(), shell="echo $$; sleep 987 & wait"))
-    first = await anext(stream)
-    assert isinstance(first, OutputChunk)
-    await stream.aclose()
-
-    async def is_gone() -> bool:
-        return (await shell(real, principal, box, f"kill -0 {int(first.data)}")).exit_code != 0
-
-    await until(is_gone)
-
-
-async def test_a_background_process_is_followed_fed_and_stopped(
-    real: Engine, principal: Principal, box: Sandbox
-) -> None:
+async def test_a_background_process_is_fed_and_stopped(real: Engine, principal: Principal, box: Sandbox) -> None:
     line = "echo ready; while read x; do echo got $x; done; sleep 987"
     started = await real.start_process(principal, StartProcess(box.id, new_id(), shell=line, name="srv"))
     assert (started.state, started.name, started.command, started.background) == ("running", "srv", line, True)
-    stream = await real.stream_process_output(principal, StreamProcessOutput(box.id, started.pid))
-    assert await anext(stream) == OutputChunk("stdout", 0, b"ready\n")
     assert await real.write_stdin(principal, WriteStdin(box.id, started.pid, b"a\nb\n", eof=True)) == 4
 
     async def has_answered() -> bool:
@@ -175,9 +160,11 @@ async def test_a_background_process_is_followed_fed_and_stopped(
     listed = await real.list_processes(principal, ListProcesses(box.id))
     assert started.pid in [process.pid for process in listed if process.state == "running"]
     await real.signal_process(principal, SignalProcess(box.id, started.pid, "SIGTERM"))
-    rest = [item async for item in stream]
-    assert isinstance(rest[-1], ProcessExit)
-    assert (rest[-1].exit_code, rest[-1].signal, rest[-1].reason) == (143, 15, "signaled")
+
+    async def has_ended() -> bool:
+        return (await real.get_process(principal, GetProcess(box.id, started.pid))).state == "exited"
+
+    await until(has_ended)
     ended = await real.get_process(principal, GetProcess(box.id, started.pid))
     assert (ended.state, ended.exit_code, ended.signal) == ("exited", 143, 15)
     assert (await real.signal_process(principal, SignalProcess(box.id, started.pid, "SIGKILL"))).state == "exited"

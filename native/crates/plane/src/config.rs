@@ -40,6 +40,9 @@ pub struct Config {
     /// times.
     #[arg(long)]
     pub trusted_proxy: Vec<Network>,
+    /// Hostd's Unix socket [default: hostd.sock beside the control socket].
+    #[arg(long)]
+    pub hostd_socket: Option<PathBuf>,
     /// Domain below which previews live; may be given several times.
     #[arg(long, default_value = "localhost")]
     pub domain: Vec<String>,
@@ -145,6 +148,11 @@ impl Config {
     /// The file for the route table.
     pub fn routes_path(&self) -> PathBuf {
         self.routes_file.clone().unwrap_or_else(|| self.control_socket.with_extension("routes"))
+    }
+
+    /// Hostd's socket.
+    pub fn hostd_path(&self) -> PathBuf {
+        self.hostd_socket.clone().unwrap_or_else(|| self.control_socket.with_file_name("hostd.sock"))
     }
 
     /// Number of worker threads.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import AsyncIterator
 from functools import partial
@@ -29,7 +30,9 @@ from gateway.resources import ApiKey, Principal
 from gateway.store import Database, keys, migrate, open_database
 from gateway.undelivered import Undelivered
 from tests.gateway.engine.conftest import driver, engine, principal, routes, settings  # noqa: F401
+from tests.previews.harness import Plane
 from tests.support.asgi import StreamingTransport
+from tests.support.asgi_server import serving
 
 RATE_LIMIT = 500
 
@@ -123,6 +126,20 @@ async def api(app: Entry, key: str) -> AsyncIterator[httpx.AsyncClient]:
         timeout=10,
     ) as client:
         yield client
+
+
+@pytest.fixture
+async def front(app: Entry, api: httpx.AsyncClient, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """The same client as `api`, with a real plane before the API: it makes the streams that the API only orders."""
+    # Sockets need a short name.
+    with tempfile.TemporaryDirectory(prefix="sg-") as name:
+        plane = Plane(Path(name))
+        async with serving(app, plane.api_socket):
+            await plane.start("--hostd-socket", str(tmp_path / "hostd.sock"))
+            base_url = f"http://{plane.address[0]}:{plane.address[1]}/api/v1"
+            async with httpx.AsyncClient(base_url=base_url, headers=api.headers, timeout=10, trust_env=False) as client:
+                yield client
+            await plane.stop()
 
 
 @pytest.fixture

@@ -227,8 +227,8 @@ async def test_input_that_would_get_lost_is_refused(api, sandbox, path):
     assert (answer.status_code, answer.json()["details"][0]["field"]) == (422, "stdin")
 
 
-async def test_exec_stream(api, sandbox):
-    found = await collect(api, "POST", f"{sandbox}/exec/stream", json={"command": "echo one; echo two; exit 3"})
+async def test_exec_stream(front, sandbox):
+    found = await collect(front, "POST", f"{sandbox}/exec/stream", json={"command": "echo one; echo two; exit 3"})
     assert [(kind, data.get("line")) for kind, data, _ in found] == [
         ("stdout", "one\n"),
         ("stdout", "two\n"),
@@ -238,15 +238,30 @@ async def test_exec_stream(api, sandbox):
     assert all(data["type"] == kind for kind, data, _ in found)
 
 
-async def test_leaving_an_exec_stream_kills_the_command(api, sandbox):
-    async with api.stream("POST", f"{sandbox}/exec/stream", json={"command": "yes"}) as response:
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code"),
+    [
+        ("exec/stream", {"command": ["no-such-program"]}, 422, "validation_error"),
+        ("processes/99999/stream", None, 404, "not_found"),
+    ],
+)
+async def test_output_that_cannot_begin_is_an_error_as_ever(front, sandbox, path, body, status, code):
+    answer = await front.request("GET" if body is None else "POST", f"{sandbox}/{path}", json=body)
+    assert (answer.status_code, answer.json()["code"], answer.json()["error"]["code"]) == (status, code, code)
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+    assert answer.json()["message"].endswith(".")
+
+
+async def test_leaving_an_exec_stream_kills_the_command(api, front, sandbox):
+    async with front.stream("POST", f"{sandbox}/exec/stream", json={"command": "yes"}) as response:
         assert await anext(frames(response))
     async with asyncio.timeout(10):
         while any(item["running"] for item in (await api.get(f"{sandbox}/processes")).json()["data"]):
             await asyncio.sleep(0.02)
 
 
-async def test_life_of_a_process(api, sandbox):
+async def test_life_of_a_process(api, front, sandbox):
     answer = await api.post(f"{sandbox}/processes", json={"command": "cat", "name": "reader"})
     assert answer.status_code == 201
     body = answer.json()
@@ -256,7 +271,7 @@ async def test_life_of_a_process(api, sandbox):
 
     assert (await api.post(f"{process}/stdin", json={"data": "hello\n"})).json()["written"] == 6
     assert (await api.post(f"{process}/stdin", json={"eof": True})).status_code == 200
-    found = await collect(api, "GET", f"{process}/stream")
+    found = await collect(front, "GET", f"{process}/stream")
     assert [(kind, data.get("line")) for kind, data, _ in found] == [("stdout", "hello\n"), ("exit", None)]
     logs = (await api.get(f"{process}/logs", params={"tail": 10})).json()
     assert logs["logs"] == logs["data"] == "hello\n"

@@ -1,6 +1,8 @@
 import base64
 import itertools
+import json
 import math
+from pathlib import Path
 
 import msgspec
 import orjson
@@ -8,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.dialects.miosa import execution
-from gateway.dialects.miosa.execution import ExecRequest, command_line, output_frames
+from gateway.dialects.miosa import execution, outputs
+from gateway.dialects.miosa.execution import ExecRequest, command_line
 from gateway.errors import GatewayError
-from gateway.resources import ExecResult, OutputChunk, ProcessExit
+from gateway.resources import ExecResult, OutputChunk
+
+VECTORS = Path(__file__).resolve().parents[3] / "vectors"
 
 
 def request(**fields) -> ExecRequest:
@@ -121,7 +125,7 @@ class Output:
 
 
 async def frames_of(*items) -> list[dict]:
-    text = b"".join([frame async for frame in output_frames(Output(*items))])
+    text = b"".join([frame async for frame in outputs.frames(Output(*items))])
     return [orjson.loads(line[6:]) for line in text.splitlines() if line.startswith(b"data: ")]
 
 
@@ -129,28 +133,30 @@ def chunk(data: bytes, stream="stdout") -> OutputChunk:
     return OutputChunk(stream, 0, data)
 
 
-EXIT = ProcessExit(7, None, "exited", 12.0)
-
-
-async def test_one_frame_per_line_and_the_exit_at_last():
-    frames = await frames_of(chunk(b"one\ntw"), chunk(b"err\n", "stderr"), chunk(b"o\nthree"), EXIT)
+async def test_one_frame_per_line():
+    frames = await frames_of(chunk(b"one\ntw"), chunk(b"err\n", "stderr"), chunk(b"o\nthree"))
     assert [(frame["type"], frame.get("line")) for frame in frames] == [
         ("stdout", "one\n"),
         ("stderr", "err\n"),
         ("stdout", "two\n"),
         ("stdout", "three"),
-        ("exit", None),
     ]
-    assert frames[-1]["exit_code"] == 7
 
 
 @given(data=st.binary(max_size=200), cuts=st.lists(st.integers(0, 200), max_size=6))
 async def test_lines_are_the_same_however_the_bytes_are_cut(data, cuts):
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     pieces = [chunk(data[start:end]) for start, end in itertools.pairwise(edges)]
-    frames = await frames_of(*pieces, EXIT)
-    assert "".join(frame.get("line", "") for frame in frames) == data.decode("utf-8", "replace")
-    assert all(frame["line"].endswith("\n") for frame in frames[:-2] if "line" in frame)
+    frames = await frames_of(*pieces)
+    assert "".join(frame["line"] for frame in frames) == data.decode("utf-8", "replace")
+    assert all(frame["line"].endswith("\n") for frame in frames[:-1])
+
+
+async def test_lines_are_those_that_the_plane_makes():
+    """The plane's own test reads the same table."""
+    for pieces, expected in json.loads((VECTORS / "output_lines.json").read_bytes()):
+        frames = await frames_of(*[chunk(bytes(piece)) for piece in pieces])
+        assert "".join(f"<{orjson.dumps(frame['line']).decode()[1:-1]}>" for frame in frames) == expected
 
 
 async def test_terminal_output_counts_as_stdout():

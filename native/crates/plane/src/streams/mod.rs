@@ -6,13 +6,17 @@
 //! ```text
 //! api ──publish──▶ tail (control thread) ──batch──▶ hub (one per worker) ──▶ subscribers
 //! api ──order: events, backlog──▶ exchange ──joins──▲
+//! api ──order: output──▶ exchange ──▶ output ◀──frames──▶ hostd
 //! ```
 
 pub mod backlog;
 pub mod counters;
 pub mod event;
 pub mod hub;
+pub mod lines;
+pub mod machine;
 pub mod order;
+pub mod output;
 pub mod pattern;
 pub mod subscriber;
 pub mod tail;
