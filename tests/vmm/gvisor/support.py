@@ -17,6 +17,8 @@ from vmm.guest import Command, Completed
 from vmm.types import MachineInfo
 
 _RUN_TIMEOUT_S = 60
+#: Version 2 and version 1. No deeper: the groups of other instances come and go.
+_CGROUP_TREES = ("sandgate-", "*/sandgate-")
 
 #: Tells for each "address:port" argument whether something answers there.
 _PROBE = """
@@ -126,7 +128,7 @@ def traces(home: Path) -> dict[str, list[str]]:
     found = {
         "processes": [pid for pid, line in processes() if instance in line],
         "interfaces": [path.name for path in Path("/sys/class/net").iterdir() if path.name.startswith(prefix)],
-        "cgroups": [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/sandgate-{instance}")],
+        "cgroups": [str(path) for tree in _CGROUP_TREES for path in Path("/sys/fs/cgroup").glob(tree + instance)],
         "mounts": [line for line in Path("/proc/self/mounts").read_text().splitlines() if instance in line],
         "loops": [path for path in _loop_files() if str(home) in path],
         "tables": [line for line in tables.splitlines() if instance in line],

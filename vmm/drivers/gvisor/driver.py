@@ -16,15 +16,15 @@ import os
 import signal
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from vmm.drivers.base import AGENT_PORT, Capabilities, Exit, ImageFiles, Placement, Saved, Shape
-from vmm.drivers.gvisor import bundle, cgroups, firewall, memory, network, processes, runsc, syscalls
+from vmm.drivers.gvisor import bundle, cgroups, firewall, memory, network, processes, runsc, saving, syscalls
 from vmm.drivers.gvisor.config import GvisorConfig
 from vmm.drivers.gvisor.network import Slot
 from vmm.drivers.gvisor.supplies import Supplies, Supply
+from vmm.drivers.gvisor.unit import Unit
 from vmm.errors import MachineError
 from vmm.tasks import run_in_background, stop
 from vmm.templates.store import Template, TemplateStore
@@ -41,25 +41,6 @@ _DESTROY_POLL_S = 0.003
 _REAP_PERIOD_S = 2.0
 
 
-@dataclass(slots=True)
-class _Unit:
-    """A sandbox from its creation until it is destroyed. `ended` is set once, with its exit in `exit`."""
-
-    pid: int
-    pidfd: int
-    slot_index: int
-    address: str
-    template_digest: str
-    shape: Shape
-    #: The link, until the shell is started and its sandbox has it.
-    slot: Slot | None = None
-    #: Held by what takes a moment and must not be disturbed: saving, freezing, reclaiming.
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    exit: Exit | None = None
-    is_frozen: bool = False
-
-
 class GvisorDriver:
     """See `vmm.drivers.base.Driver`."""
 
@@ -70,7 +51,7 @@ class GvisorDriver:
         self._templates = templates
         self._groups = cgroups.Groups(cgroups.find_hierarchy(), config.instance)
         self._starters = ThreadPoolExecutor(config.starts_max, "runsc")
-        self._units: dict[str, _Unit] = {}
+        self._units: dict[str, Unit] = {}
         self._resolvers: tuple[str, ...] = ()
         self._reaper: asyncio.Task[None] | None = None
         self._release = ""
@@ -158,7 +139,7 @@ class GvisorDriver:
 
     async def restore(self, unit: str, image: ImageFiles) -> Placement:
         def load(slot: Slot) -> None:
-            self._check_fits(self._unit(unit), image)
+            self._unit(unit).check_fits(image, self._release)
             self._runsc.restore(unit, slot, image.directory)
 
         return await self._enliven(unit, load)
@@ -170,7 +151,7 @@ class GvisorDriver:
     async def save(self, unit: str, directory: Path) -> Saved:
         made = self._started(unit)
         async with made.lock:
-            work = asyncio.create_task(asyncio.to_thread(self._save, unit, made, directory))
+            work = asyncio.create_task(asyncio.to_thread(saving.save, self._groups, self._runsc, unit, made, directory))
             try:
                 pause_s = await asyncio.shield(work)
             except asyncio.CancelledError:
@@ -178,29 +159,10 @@ class GvisorDriver:
                 while not work.done():
                     with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.wait([work])
-                _clear(directory)
+                saving.clear(directory)
                 raise
         size_bytes = sum(file.stat().st_size for file in directory.iterdir())
         return Saved(pause_s, size_bytes, made.template_digest, self._release)
-
-    def _save(self, unit: str, made: _Unit, directory: Path) -> float:
-        """Returns how long the unit stood still, in seconds."""
-        try:
-            if made.is_frozen:
-                self._groups.set_frozen(unit, False)
-            try:
-                # Its own limits would slow it down, and what it writes counts as its memory until it is on the disk.
-                with self._unlimited(unit, made.shape), network.unreachable(made.pid):
-                    return self._runsc.save(unit, directory)
-            finally:
-                if made.is_frozen:
-                    self._groups.set_frozen(unit, True)
-        except BaseException as error:
-            _clear(directory)
-            if isinstance(error, OSError):
-                message = "the machine could not be saved"
-                raise MachineError("snapshot_failed", message, detail=str(error)) from error
-            raise
 
     async def reclaim(self, unit: str) -> int:
         made = self._unit(unit)
@@ -219,7 +181,7 @@ class GvisorDriver:
             self._block.give_back(supply.slot.index)
             raise
         slot = supply.slot
-        self._watch(unit, _Unit(sandbox.pid, pidfd, slot.index, slot.address, template.info.digest, shape, slot))
+        self._watch(unit, Unit(sandbox.pid, pidfd, slot.index, slot.address, template.info.digest, shape, slot))
 
     def _make_shell(
         self, unit: str, shape: Shape, token: str, template: Template, supply: Supply
@@ -251,22 +213,15 @@ class GvisorDriver:
             await self._whole(unit, lambda: self._start_shell(unit, shell, slot, start))
         finally:
             shell.slot = None
-        facts = {
-            "pid": shell.pid,
-            "started": processes.start_time(shell.pid),
-            "slot": shell.slot_index,
-            "template": shell.template_digest,
-            "shape": asdict(shell.shape),
-        }
-        return Placement(shell.address, resolvers=self._resolvers, facts=facts)
+        return Placement(shell.address, resolvers=self._resolvers, facts=shell.facts())
 
-    def _start_shell(self, unit: str, shell: _Unit, slot: Slot, start: Callable[[Slot], None]) -> None:
+    def _start_shell(self, unit: str, shell: Unit, slot: Slot, start: Callable[[Slot], None]) -> None:
         try:
             if shell.is_frozen:
                 self._groups.set_frozen(unit, False)
                 shell.is_frozen = False
             # Half of the time of a start is the sandbox's own work, on as many processors as there are.
-            with self._unlimited(unit, shell.shape):
+            with saving.unlimited(self._groups, unit, shell.shape):
                 start(slot)
         finally:
             slot.release()
@@ -287,32 +242,17 @@ class GvisorDriver:
             raise
 
     async def adopt(self, unit: str, placement: Placement) -> bool:
-        try:
-            pid, started, slot, template = (placement.facts[key] for key in ("pid", "started", "slot", "template"))
-            shape = Shape(**placement.facts["shape"])
-        except (KeyError, TypeError):
-            return False  # another version's, or another driver's
-        if processes.start_time(pid) != started:
+        made = Unit.adopted(placement.address, placement.facts)
+        if made is None:
             return False
-        self._block.reserve(slot)
+        self._block.reserve(made.slot_index)
         try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return False
-        made = _Unit(pid, pidfd, slot, placement.address, template, shape)
-        try:
-            made.is_frozen = await asyncio.to_thread(self._take_over, unit, pid, shape)
+            await asyncio.to_thread(saving.recover, self._groups, unit, made)
         except OSError:
-            os.close(pidfd)
+            os.close(made.pidfd)
             return False  # It is ending just now.
         self._watch(unit, made)
         return True
-
-    def _take_over(self, unit: str, pid: int, shape: Shape) -> bool:
-        """Undo what an interrupted save has left: no limits, no packets. Returns whether the unit is frozen."""
-        network.make_reachable(pid)
-        self._groups.set_limits(unit, cpu_quota_us=bundle.cpu_quota_us(shape), memory_bytes=bundle.memory_bytes(shape))
-        return self._groups.is_frozen(unit)
 
     async def dial(self, unit: str, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Transport:
         made = self._unit(unit)
@@ -365,7 +305,7 @@ class GvisorDriver:
             self._supplies.start()
         return strangers
 
-    def _unit(self, unit: str) -> _Unit:
+    def _unit(self, unit: str) -> Unit:
         machine = self._units.get(unit)
         if machine is None:
             raise MachineError("machine_not_running", f"machine {unit} does not run")
@@ -381,25 +321,11 @@ class GvisorDriver:
                 raise MachineError("driver_failed", f"the machine could not be {verb}", detail=str(error)) from error
             made.is_frozen = is_frozen
 
-    def _started(self, unit: str) -> _Unit:
+    def _started(self, unit: str) -> Unit:
         made = self._unit(unit)
         if made.slot is not None or made.ended.is_set():
             raise MachineError("machine_not_running", f"machine {unit} does not run")
         return made
-
-    def _check_fits(self, shell: _Unit, image: ImageFiles) -> None:
-        for name, here, there in (
-            ("template", shell.template_digest, image.template_digest),
-            ("runtime", self._release, image.runtime),
-            ("shape", shell.shape, image.shape),
-        ):
-            if here != there:
-                message = f"the snapshot was made with another {name}"
-                raise MachineError("snapshot_incompatible", message, detail=f"{there}; here it is {here}")
-
-    def _unlimited(self, unit: str, shape: Shape) -> contextlib.AbstractContextManager[None]:
-        quota, limit = bundle.cpu_quota_us(shape), bundle.memory_bytes(shape)
-        return self._groups.unlimited(unit, cpu_quota_us=quota, memory_bytes=limit)
 
     def _thaw(self, unit: str) -> None:
         with contextlib.suppress(OSError):
@@ -423,11 +349,11 @@ class GvisorDriver:
     def _watched(self) -> set[int]:
         return {machine.pid for machine in list(self._units.values()) if not machine.ended.is_set()}
 
-    def _watch(self, unit: str, made: _Unit) -> None:
+    def _watch(self, unit: str, made: Unit) -> None:
         self._units[unit] = made
         asyncio.get_running_loop().add_reader(made.pidfd, self._end, unit, made)
 
-    def _end(self, unit: str, machine: _Unit) -> None:
+    def _end(self, unit: str, machine: Unit) -> None:
         if machine.ended.is_set():
             return
         _unwatch(machine)
@@ -454,12 +380,7 @@ class GvisorDriver:
             await asyncio.to_thread(processes.reap_orphans, self._watched())
 
 
-def _clear(directory: Path) -> None:
-    for name in runsc.IMAGE_FILES:
-        (directory / name).unlink(missing_ok=True)
-
-
-def _unwatch(machine: _Unit) -> None:
+def _unwatch(machine: Unit) -> None:
     if machine.pidfd >= 0:
         asyncio.get_running_loop().remove_reader(machine.pidfd)
         os.close(machine.pidfd)

@@ -61,6 +61,8 @@ _CALL_TIMEOUT_S = 20.0
 _COPY_TIMEOUT_S = 300.0
 _ANSWER_BYTES_MAX = 1024 * 1024
 _DETAIL_MAX = 2000
+#: Where a checkpoint fails over a connection attempt without an answer.
+_OPENING = "resetConnectionLocked"
 #: Segments that guest and host may hand each other in one piece; what a veth pair allows.
 _GSO_BYTES_MAX = 65_536
 _QDISC_FIFO = 1
@@ -84,6 +86,11 @@ def release(program: str) -> str:
     done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=False)
     found = re.search(r"(\d{8})", done.stdout)
     return found.group(1) if found else done.stdout.strip()[:80]
+
+
+def may_pass(error: MachineError) -> bool:
+    """Whether a failed save was due to a connection that was just being opened."""
+    return _OPENING in (error.detail or "")
 
 
 class Runsc:
