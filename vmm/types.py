@@ -177,7 +177,8 @@ class SnapshotStep(enum.StrEnum):
 class SnapshotInfo:
     """Memory and files of a machine at one instant.
 
-    machine: id of the machine it was taken of.  parent: the snapshot that that machine came from.
+    machine: id of the machine it was taken of, empty of an imported one.
+    parent: the snapshot that that machine came from.
     size_bytes: of its files unpacked.  stored_bytes: what they take on the disk.
     pause_ms: how long the machine stood still for it.
     step, progress (0 to 1): how far a pending one is.  detail: why it failed, or which hook did.

@@ -125,7 +125,7 @@ class Scene:
             snapshots = await self.client.list_snapshots(deadline=soon())
             hibernated = sum(machine.state is MachineState.HIBERNATED for machine in live)
             ready = sum(snapshot.state == "ready" for snapshot in snapshots)
-            images = {path.name for path in (self.host.home / "host" / "images").glob("*")}
+            images = {path.name for path in (self.host.home / "host" / "images").glob("*")} - {"chunks"}
             # A hibernated machine may share its image with the snapshot that was taken of it.
             if self.host.units() == units and max(hibernated, ready) <= len(images) <= hibernated + ready:
                 break

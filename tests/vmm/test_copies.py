@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from tests.vmm.hosts import host_in_process
 from tests.vmm.test_pause import client, code_of, counting, driver, read, soon, spec, until
 from vmm.client import HostClient
 from vmm.drivers.fake import FakeDriver
+from vmm.errors import MachineError
 from vmm.guest import Command
 from vmm.types import ChildSpec, ForkFailure, MachineInfo, MachineState, SnapshotState, SnapshotStep, StopCause
 
@@ -165,6 +168,97 @@ async def test_a_snapshot_of_another_size_is_refused(client: HostClient) -> None
     larger = await client.create_machine(spec(memory_mib=2048))
     assert await code_of(client.restore_machine(larger.id, taken.id)) == "snapshot_incompatible"
     assert await code_of(client.create_machine(spec(snapshot=str(uuid.uuid4())))) == "snapshot_not_found"
+
+
+def images_of(tmp_path: Path) -> set[str]:
+    return {path.name for path in (tmp_path / "home" / "host" / "images").iterdir()} - {"chunks"}
+
+
+async def parts_of(data: bytes) -> AsyncIterator[bytes]:
+    for at in range(0, len(data), 100_000):
+        yield data[at : at + 100_000]
+
+
+async def exported(client: HostClient, snapshot_id: str) -> bytes:
+    return b"".join([part async for part in client.export_snapshot(snapshot_id)])
+
+
+async def test_a_snapshot_leaves_the_host_as_a_file_and_comes_back(client: HostClient) -> None:
+    made = await made_with(client, b"x")
+    # More than the credit of a stream, and nothing that could be compressed.
+    await client.agent(made.id).write("/workspace/big", os.urandom(5_000_000))
+    taken = await client.create_snapshot(str(uuid.uuid4()), made.id)
+    data = await exported(client, taken.id)
+    assert len(data) > 5_000_000
+    copy = await client.import_snapshot(str(uuid.uuid4()), parts_of(data))
+    assert (copy.state, copy.size_bytes, copy.memory_mib) == (SnapshotState.READY, taken.size_bytes, taken.memory_mib)
+    assert await client.delete_snapshot(taken.id)
+    other = await client.create_machine(spec(snapshot=copy.id))
+    assert await content(client, other) == b"x"
+
+
+async def test_a_file_that_is_no_snapshot_is_refused(client: HostClient, tmp_path: Path) -> None:
+    made = await made_with(client, b"x")
+    taken = await client.create_snapshot(str(uuid.uuid4()), made.id)
+    data = await exported(client, taken.id)
+    for wrong in (data[:-10], b"not a snapshot" * 100_000, b"", data[:200] + bytes([data[200] ^ 1]) + data[201:]):
+        assert await code_of(client.import_snapshot(str(uuid.uuid4()), parts_of(wrong))) == "snapshot_corrupt"
+    assert await code_of(client.import_snapshot(taken.id, parts_of(data))) == "in_use"
+    assert await code_of(exported(client, str(uuid.uuid4()))) == "snapshot_not_found"
+    assert [snapshot.id for snapshot in await client.list_snapshots()] == [taken.id]
+    assert images_of(tmp_path) == {taken.id}
+
+
+async def test_a_transfer_that_is_left_leaves_nothing(client: HostClient, tmp_path: Path) -> None:
+    made = await made_with(client, b"x")
+    await client.agent(made.id).write("/workspace/big", os.urandom(5_000_000))
+    taken = await client.create_snapshot(str(uuid.uuid4()), made.id)
+    leaving = client.export_snapshot(taken.id)
+    assert await anext(leaving)
+    await leaving.aclose()  # type: ignore[attr-defined]
+
+    async def breaking() -> AsyncIterator[bytes]:
+        yield b"half of a snapshot"
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        await client.import_snapshot(str(uuid.uuid4()), breaking())
+    await until(lambda: images_of(tmp_path) == {taken.id})
+    async with asyncio.timeout(10):
+        while await code_of_deletion(client, taken.id) == "in_use":
+            await asyncio.sleep(0.01)
+
+
+async def code_of_deletion(client: HostClient, snapshot_id: str) -> str | None:
+    try:
+        await client.delete_snapshot(snapshot_id)
+    except MachineError as error:
+        return error.code
+    return None
+
+
+async def test_a_damaged_image_is_refused_and_the_machine_goes_on(client: HostClient, tmp_path: Path) -> None:
+    made = await made_with(client, b"x")
+    taken = await client.create_snapshot(str(uuid.uuid4()), made.id)
+    memory = tmp_path / "home" / "host" / "images" / taken.id / "memory"
+    memory.write_bytes(memory.read_bytes()[:-1] + b"!")
+    assert await code_of(client.restore_machine(made.id, taken.id)) == "snapshot_corrupt"
+    assert await code_of(client.create_machine(spec(snapshot=taken.id))) == "snapshot_corrupt"
+    assert await content(client, made) == b"x"
+
+
+async def test_images_take_no_more_of_the_disk_than_they_may(tmp_path: Path) -> None:
+    sockets = tmp_path / "q.sock"
+    async with (
+        host_in_process(tmp_path / "home", sockets, FakeDriver(), images_mib_max=1),
+        HostClient(str(sockets)) as client,
+    ):
+        made = await client.create_machine(spec())
+        await client.agent(made.id).write("/workspace/big", os.urandom(2_000_000))
+        assert await code_of(client.create_snapshot(str(uuid.uuid4()), made.id)) == "no_space"
+        assert await code_of(client.pause_machine(made.id, hibernate=True)) == "no_space"
+        assert (await client.get_machine(made.id)).state is MachineState.FROZEN
+        assert len(await client.agent(made.id).read_bytes("/workspace/big", size_max=3_000_000)) == 2_000_000
 
 
 @pytest.mark.parametrize("state", [MachineState.RUNNING, MachineState.FROZEN, MachineState.HIBERNATED])

@@ -39,9 +39,9 @@ def check_id(value: str) -> None:
         raise MachineError("bad_request", "id must be a lower-case UUID")
 
 
-def check_memory(config: HostConfig, wanted_mib: int = 0) -> None:
+def check_memory(config: HostConfig, wanted_bytes: int = 0) -> None:
     """Raises MachineError(`no_capacity`) unless so much memory is there beside the reserve."""
-    if available_memory_bytes() < (config.memory_reserve_mib + wanted_mib) * _MIB:
+    if available_memory_bytes() < config.memory_reserve_mib * _MIB + wanted_bytes:
         raise MachineError("no_capacity", "the host is short of memory")
 
 

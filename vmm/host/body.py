@@ -32,7 +32,7 @@ from vmm.errors import MachineError, VmmError
 from vmm.guest import HooksRun, HookStage
 from vmm.host.crash import point
 from vmm.host.images import Capture, Images
-from vmm.host.journal import Journal, Record
+from vmm.host.journal import Journal, Record, SnapshotRecord
 from vmm.host.line import AgentLine
 from vmm.host.names import run_hooks
 from vmm.host.pool import Pool
@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 class Parts:
     """What all machines of a host share.
 
-    on_change: told of every change of state.  make_room: raises MachineError when memory for a unit of so many MiB is
-    not there.
+    on_change: told of every change of state.  find_snapshot: one that is ready, or MachineError.
+    make_room: raises MachineError when so many bytes of memory are not there.
     """
 
     driver: Driver
@@ -57,6 +57,7 @@ class Parts:
     images: Images
     journal: Journal[Record]
     on_change: Callable[[MachineInfo], None]
+    find_snapshot: Callable[[str], SnapshotRecord]
     make_room: Callable[[int], None]
 
 
@@ -176,10 +177,9 @@ class Body:
 
     async def restore(self, snapshot: str) -> None:
         """running, frozen, hibernated ─▶ running, as it was when the snapshot was taken."""
-        parts, old_image = self._parts, self.record.image
-        parts.make_room(self.record.spec.memory_mib)
-        async with parts.images.open(parts.images.find(snapshot)) as files:
-            unit = await parts.pool.restore(self.record.spec, files, is_own=True)
+        found, old_image = self._parts.find_snapshot(snapshot), self.record.image
+        self._make_room(found.image)
+        unit = await self._restored(found.image, is_own=found.info.machine == self.record.id)
         point("restore.complete")
         state = MachineState.RUNNING
         self._commit(unit, state=state, snapshot=snapshot, image=None, frozen_at=None, last_active_at=time.time())
@@ -222,12 +222,21 @@ class Body:
         self._parts.on_change(record.info())
 
     async def _first_unit(self) -> Unit:
-        images, pool, spec = self._parts.images, self._parts.pool, self.record.spec
-        image = self.record.image or (spec.snapshot and images.find(spec.snapshot))
-        if not image:
-            return await pool.obtain(spec)
-        async with images.open(image) as files:
-            return await pool.restore(spec, files)
+        spec, image = self.record.spec, self.record.image
+        if image is None and spec.snapshot is None:
+            return await self._parts.pool.obtain(spec)
+        image = image or self._parts.find_snapshot(spec.snapshot or "").image
+        self._make_room(image)
+        return await self._restored(image, is_own=False)
+
+    async def _restored(self, image: str, *, is_own: bool) -> Unit:
+        """A unit made from an image. is_own: it was this machine that was saved."""
+        async with self._parts.images.open(image) as files:
+            return await self._parts.pool.restore(self.record.spec, files, is_own=is_own)
+
+    def _make_room(self, image: str) -> None:
+        size_bytes, _ = self._parts.images.sizes(image)
+        self._parts.make_room(size_bytes)
 
     async def _adopt(self) -> bool:
         record, driver = self.record, self._parts.driver
@@ -262,14 +271,12 @@ class Body:
         await self._run_hooks(HookStage.AFTER_RESUME)
 
     async def _wake_from_image(self, image: str) -> None:
-        parts = self._parts
-        parts.make_room(self.record.spec.memory_mib)
+        self._make_room(image)
         self._write(state=MachineState.WAKING)
         point("wake.written")
         self.tell()
         try:
-            async with parts.images.open(image) as files:
-                unit = await parts.pool.restore(self.record.spec, files, is_own=True)
+            unit = await self._restored(image, is_own=True)
             point("wake.restored")
             state = MachineState.RUNNING
             self._commit(unit, state=state, image=None, frozen_at=None, last_active_at=time.time())

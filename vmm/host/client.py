@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import orjson
@@ -20,6 +20,7 @@ from vmm.errors import LinkError, MachineError, VmmError
 from vmm.host.line import LineStream
 from vmm.host.machine import Machine
 from vmm.host.operations import Host
+from vmm.host.transfer import Download, Upload
 from vmm.link import VERSION
 from vmm.types import MachineInfo, SnapshotInfo
 from vmm.wire import FrameProtocol
@@ -108,8 +109,8 @@ class Client:
                 splice = _Splice(self, stream_id, machine, op)
                 splice.open(payload)
                 self._streams[stream_id] = splice
-            elif op.get("op") == "machine.events":
-                self._streams[stream_id] = _Events(self, stream_id)
+            elif op.get("op") in _STREAMS:
+                self._streams[stream_id] = _STREAMS[op["op"]](self, stream_id, op)
             else:
                 self._streams[stream_id] = _Call(self, stream_id, op)
         except VmmError as error:
@@ -182,7 +183,7 @@ class _Call:
 class _Events:
     """`machine.events`: every change of state from the reply on."""
 
-    def __init__(self, client: Client, stream_id: int) -> None:
+    def __init__(self, client: Client, stream_id: int, _: Mapping[str, Any]) -> None:
         self._client = client
         self._id = stream_id
         self._unwatch = client.host.machines.watch(self._on_change)
@@ -252,6 +253,24 @@ class _Splice:
             self._keeps_busy = False
             self.machine.busy -= 1
             self.machine.touch()
+
+
+def _download(client: Client, stream_id: int, op: Mapping[str, Any]) -> Download:
+    snapshot_id = str(op.get("id"))
+    return Download(client, stream_id, lambda: client.host.machines.snapshots.exported(snapshot_id))
+
+
+def _upload(client: Client, stream_id: int, op: Mapping[str, Any]) -> Upload:
+    snapshot_id, snapshots = str(op.get("id")), client.host.machines.snapshots
+    return Upload(client, stream_id, lambda: snapshots.imported(snapshot_id), lambda: snapshots.find(snapshot_id).info)
+
+
+#: hostd's own operations that are more than a call.
+_STREAMS: Mapping[str, Callable[[Client, int, Mapping[str, Any]], _Open]] = {
+    "machine.events": _Events,
+    "snapshot.export": _download,
+    "snapshot.import": _upload,
+}
 
 
 def _decode(payload: bytes) -> dict[str, Any]:

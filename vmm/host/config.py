@@ -45,6 +45,7 @@ class HostConfig:
     hibernate_after_s: how long a machine stays frozen before it is written to disk, unless it says otherwise.
     hibernate_below_mib: with less memory available than this, frozen machines are hibernated, the longest frozen first.
     images_mib_max: what all images may take on the disk; a snapshot above it fails with `no_space`.
+    pack_after_s: how long nobody has needed an image before it is compressed; it is unpacked when it is needed again.
     pool: what is made ahead of its use.
     ended_kept_s: how long an ended machine is still listed, so that a client that was away learns why it ended.
     """
@@ -63,5 +64,6 @@ class HostConfig:
     hibernate_after_s: float = 600.0
     hibernate_below_mib: int = 1_024
     images_mib_max: int = 65_536
+    pack_after_s: float = 3600.0
     pool: PoolConfig = PoolConfig()
     ended_kept_s: float = 3600.0

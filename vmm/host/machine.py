@@ -75,6 +75,12 @@ class Machine:
         return self._body.record
 
     @property
+    def may_hibernate(self) -> bool:
+        """Whether it is frozen and nothing speaks against writing it to disk now."""
+        can = self._driver.capabilities().memory_snapshot
+        return can and self.record.state is MachineState.FROZEN and time.time() >= self._chores_at
+
+    @property
     def line(self) -> AgentLine:
         """Where its streams go now."""
         return self._body.line
@@ -237,7 +243,7 @@ class Machine:
 
     def _hibernate_at(self) -> float:
         record = self.record
-        if record.state is not MachineState.FROZEN:
+        if record.state is not MachineState.FROZEN or not self._driver.capabilities().memory_snapshot:
             return math.inf
         after_s = self._config.hibernate_after_s if record.hibernate_after_s is None else record.hibernate_after_s
         return (record.frozen_at or 0.0) + after_s

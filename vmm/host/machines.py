@@ -75,7 +75,7 @@ class Machines:
         self._chores: list[asyncio.Task[None]] = []
         self.snapshots = Snapshots(Journal(host / "snapshots", SnapshotRecord), self._changed)
         store = ImageStore(host / "images", disk_mib_max=config.images_mib_max)
-        self._images = Images(store, driver, self.snapshots.image_of, self._is_needed)
+        self._images = Images(store, driver, self._is_needed)
         self.snapshots.images = self._images
         self._units = Units(driver, boot_timeout_s=config.boot_timeout_s)
         self.pool = Pool(
@@ -92,7 +92,8 @@ class Machines:
             self._images,
             self._journal,
             on_change=self._changed,
-            make_room=lambda wanted_mib: check_memory(config, wanted_mib),
+            find_snapshot=self.snapshots.find_ready,
+            make_room=lambda wanted_bytes: check_memory(config, wanted_bytes),
         )
 
     async def open(self) -> None:
@@ -137,6 +138,7 @@ class Machines:
                 for machine in list(self._machines.values()):
                     await machine.over()
                 await self._units.settle()
+                await self._images.settle()
         except TimeoutError:
             logger.exception("not all machines ended in time; the next start sees to them")
         await self.driver.close()
@@ -197,7 +199,7 @@ class Machines:
 
     async def restore(self, machine_id: str, snapshot_id: str) -> MachineInfo:
         """Take a machine back to a snapshot."""
-        self.snapshots.image_of(snapshot_id)
+        self.snapshots.find_ready(snapshot_id)
         return await self._move(machine_id, lambda machine: machine.restore(snapshot_id))
 
     async def snapshot(self, snapshot_id: str, machine_id: str) -> SnapshotInfo:
@@ -312,7 +314,7 @@ class Machines:
             self._journal.remove(machine.id)
 
     async def _tidy(self) -> None:
-        """Forget machines that ended long ago, or first when there are very many."""
+        """Forget machines that ended long ago, or first when there are very many; pack images that lie about."""
         while True:
             await asyncio.sleep(_TIDY_PERIOD_S)
             ended = [machine for machine in self._machines.values() if machine.record.is_over]
@@ -322,6 +324,7 @@ class Machines:
             for number, machine in enumerate(ended):
                 if number < surplus or (machine.record.stopped_at or 0.0) < oldest_kept:
                     self._forget(machine)
+            await self._images.pack(self._config.pack_after_s)
 
     async def _relieve(self) -> None:
         """While memory is short, hibernate the machine that has been frozen for longest."""
@@ -333,6 +336,6 @@ class Machines:
     def relieve(self) -> None:
         """Hibernate one frozen machine, unless one is on its way already."""
         states = [machine.record.state for machine in self._machines.values()]
-        frozen = [machine for machine in self._machines.values() if machine.record.state is MachineState.FROZEN]
+        frozen = [machine for machine in self._machines.values() if machine.may_hibernate]
         if frozen and MachineState.HIBERNATING not in states:
             min(frozen, key=lambda machine: machine.record.frozen_at or 0.0).hibernate_soon()

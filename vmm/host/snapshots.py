@@ -12,17 +12,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, BinaryIO
 
 from vmm.drivers.base import Saved
 from vmm.errors import MachineError, VmmError
+from vmm.host.admission import check_id
 from vmm.host.crash import point
 from vmm.host.images import Images
 from vmm.host.journal import Journal, SnapshotRecord
 from vmm.host.machine import Machine
 from vmm.host.units import explain
+from vmm.images.manifest import Manifest
 from vmm.types import SnapshotInfo, SnapshotState, SnapshotStep
 
 logger = logging.getLogger(__name__)
@@ -71,12 +74,12 @@ class Snapshots:
             raise MachineError("snapshot_not_found", f"there is no snapshot {snapshot_id[:64]!r}")
         return record
 
-    def image_of(self, snapshot_id: str) -> str:
-        """What a machine is to be restored from. Raises MachineError(`snapshot_not_found`) until it is ready."""
+    def find_ready(self, snapshot_id: str) -> SnapshotRecord:
+        """A snapshot to restore machines from. Raises MachineError(`snapshot_not_found`) until it is ready."""
         record = self.find(snapshot_id)
         if record.info.state is not SnapshotState.READY:
             raise MachineError("snapshot_not_found", f"snapshot {snapshot_id} is not ready", detail=record.info.detail)
-        return record.image
+        return record
 
     def infos(self) -> list[SnapshotInfo]:
         """Every snapshot."""
@@ -98,6 +101,25 @@ class Snapshots:
         point("snapshot.forgotten")
         await self.images.release(record.image)
         return True
+
+    @asynccontextmanager
+    async def exported(self, snapshot_id: str) -> AsyncIterator[tuple[SnapshotInfo, BinaryIO]]:
+        """A snapshot as one file, to be read from a pipe. Raises MachineError, also after a part of it was read."""
+        record = self.find_ready(snapshot_id)
+        async with self.images.exported(record.image) as file:
+            yield record.info, file
+
+    @asynccontextmanager
+    async def imported(self, snapshot_id: str) -> AsyncIterator[BinaryIO]:
+        """Add a snapshot that is written into the pipe meanwhile. Raises MachineError; then nothing is left of it."""
+        check_id(snapshot_id)
+        if snapshot_id in self._records or snapshot_id in self._takings:
+            raise MachineError("in_use", f"there is a snapshot {snapshot_id} already")
+        async with self.images.imported(snapshot_id) as file:
+            yield file
+        self._keep(SnapshotRecord(_described(self.images.manifest(snapshot_id)), snapshot_id))
+        self._finish(snapshot_id, snapshot_id)
+        await asyncio.to_thread(self._journal.sync, snapshot_id)
 
     async def _take(self, snapshot_id: str, machine: Machine) -> SnapshotInfo:
         info = _pending(snapshot_id, machine)
@@ -171,6 +193,20 @@ def _pending(snapshot_id: str, machine: Machine) -> SnapshotInfo:
         created_at=time.time(),
         parent=record.snapshot,
         step=SnapshotStep.SAVING,
+    )
+
+
+def _described(manifest: Manifest) -> SnapshotInfo:
+    """An imported one: nothing is known of its machine but what its manifest says."""
+    return SnapshotInfo(
+        id=manifest.id,
+        machine="",
+        state=SnapshotState.PENDING,
+        template=manifest.shape.template,
+        cpu_count=manifest.shape.cpu_count,
+        memory_mib=manifest.shape.memory_mib,
+        disk_mib=manifest.shape.disk_mib,
+        created_at=manifest.created_at,
     )
 
 

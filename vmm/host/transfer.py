@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import orjson
@@ -23,10 +22,10 @@ from vmm.wire import FrameProtocol
 
 logger = logging.getLogger(__name__)
 
-#: A snapshot as a file that exists for as long as the context lasts.
-Export = Callable[[], AbstractAsyncContextManager[tuple[SnapshotInfo, Path]]]
-#: Gives where to put a file, which is gone afterwards, and what takes it in.
-Import = Callable[[], AbstractAsyncContextManager[tuple[Path, Callable[[], Awaitable[SnapshotInfo]]]]]
+#: A snapshot and the file that it can be read from while the context lasts.
+Export = Callable[[], AbstractAsyncContextManager[tuple[SnapshotInfo, BinaryIO]]]
+#: A file to write a snapshot into; what came of it is known once the context has ended and `info` is called.
+Import = Callable[[], AbstractAsyncContextManager[BinaryIO]]
 
 
 class _Client(Protocol):
@@ -90,10 +89,9 @@ class Download(_Transfer):
             self.leave()
 
     async def _run(self) -> None:
-        async with self._export() as (info, path):
+        async with self._export() as (info, file):
             self._reply(info)
-            with path.open("rb") as file:
-                sent = await self._send(file)
+            sent = await self._send(file)
         self._client.wire.send(frames.encode_offset(frames.END, STDOUT, self._id, sent))
 
     async def _send(self, file: BinaryIO) -> int:
@@ -114,8 +112,9 @@ class Download(_Transfer):
 class Upload(_Transfer):
     """`snapshot.import`: the file on channel 0, then the reply."""
 
-    def __init__(self, client: _Client, stream_id: int, import_: Import) -> None:
+    def __init__(self, client: _Client, stream_id: int, import_: Import, info: Callable[[], SnapshotInfo]) -> None:
         self._import = import_
+        self._info = info
         self._received: list[bytes] = []
         self._granted = CREDIT_BYTES
         self._is_ended = False
@@ -135,11 +134,10 @@ class Upload(_Transfer):
         self._changed.set()
 
     async def _run(self) -> None:
-        async with self._import() as (path, take_in):
-            with path.open("wb") as file:
-                while await self._write(file):
-                    pass
-            self._reply(await take_in())
+        async with self._import() as file:
+            while await self._write(file):
+                pass
+        self._reply(self._info())
 
     async def _write(self, file: BinaryIO) -> bool:
         """Put what has arrived into the file; False at the end."""
@@ -147,7 +145,8 @@ class Upload(_Transfer):
             self._changed.clear()
             await self._changed.wait()
         parts, self._received = self._received, []
-        await asyncio.to_thread(file.writelines, parts)
+        for part in parts:
+            await asyncio.to_thread(file.write, part)
         size = sum(map(len, parts))
         if size and not self._is_ended:
             self._granted += size
