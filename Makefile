@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run doctor setup setup-dev build test lint types rust pytest clients fmt bench bench-baseline bench-proxy bench-isolation fuzz docs lock clean
+.PHONY: help run doctor setup setup-dev build test lint types rust pytest clients fmt bench bench-baseline bench-lifecycle bench-proxy bench-isolation fuzz docs lock clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -55,10 +55,13 @@ fmt: ## Format everything
 	@ruff format .
 	@cargo fmt --manifest-path native/Cargo.toml --all
 
-bench: bench-baseline bench-proxy bench-isolation ## Every measurement of docs/performance.md
+bench: bench-baseline bench-lifecycle bench-proxy bench-isolation ## Every measurement of docs/performance.md
 
 bench-baseline: build ## Measure a running stack (loadtests/baseline)
 	@python -m loadtests.baseline
+
+bench-lifecycle: build ## Measure saving, copying, pausing and waking (loadtests/lifecycle); CASES="waking --cycles" chooses
+	@python -m loadtests.lifecycle $(CASES)
 
 bench-proxy: build ## Compare the plane with other proxies (loadtests/proxy); CASES="http-1k tls-1k" chooses
 	@python -m loadtests.proxy $(CASES)

@@ -36,7 +36,9 @@ class Connection:
 
     def __init__(self, base_url: str, key: str, *, timeout_s: float = 120.0) -> None:
         parts = urlsplit(base_url)
-        self._host, self._port = parts.hostname or "", parts.port or 80
+        host = parts.hostname or ""
+        # Every name below `localhost` is this machine (RFC 6761), which not every resolver knows.
+        self._host, self._port = "127.0.0.1" if host.endswith(".localhost") else host, parts.port or 80
         self._prefix = parts.path.rstrip("/")
         self._head = f"Host: {parts.netloc}\r\nAuthorization: Bearer {key}\r\nAccept: */*\r\n"
         self._timeout_s = timeout_s

@@ -1,0 +1,89 @@
+"""`python -m loadtests.lifecycle [CASE ...]`: measure saving, copying, pausing and waking on a server of its own.
+
+Without names all cases run, which takes about ten minutes; with --cycles also those that count losses over thousands
+of moves, a quarter of an hour more. Results go to loadtests/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import orjson
+
+from loadtests import report
+from loadtests.http import Connection
+from loadtests.lifecycle import cases, cycles, traffic
+from loadtests.report import Row
+from loadtests.server import Target, serve
+from vmm.drivers.gvisor.config import instance_id
+
+SETTINGS = {"SANDGATE_RATE_LIMIT_PER_MINUTE": "10000000", "SANDGATE_ACCESS_LOG": "false"}
+_MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
+
+Case = Callable[[Connection, Target], Awaitable[list[Row]]]
+
+CASES: dict[str, Case] = {
+    "restoring": cases.restoring,
+    "waking": cases.waking,
+    "forking": cases.forking,
+    "traffic": traffic.visits,
+}
+CYCLES: dict[str, Case] = {
+    "pauses": lambda api, target: cycles.pausing(api, target, 1000, hibernate=False, tell=say),
+    "hibernations": lambda api, target: cycles.pausing(api, target, 300, hibernate=True, tell=say),
+    "forks": lambda api, target: cycles.forking(api, target, 300, tell=say),
+    "identities": lambda api, target: cycles.identities(api, target, 1000, tell=say),
+}
+
+
+async def measure(wanted: Sequence[str]) -> list[Row]:
+    """The named cases, and how one sandbox lies frozen, on two servers."""
+    rows: list[Row] = []
+    named = {**CASES, **CYCLES}
+    async with serve(SETTINGS) as target, Connection(target.base_url, target.key) as api:
+        for name in wanted:
+            if name in named:
+                say(f"measuring: {name}")
+                rows += await named[name](api, target)
+    if "frozen" in wanted:
+        say("measuring: frozen")
+        with tempfile.TemporaryDirectory(prefix="sandgate-bench-") as home:
+            groups = _MEMORY_GROUPS / f"sandgate-{instance_id(Path(home))}"
+            alone = {**SETTINGS, "SANDGATE_HOME": home, "SANDGATE_POOL_READY_MAX": "0", "SANDGATE_POOL_SHELLS_MAX": "0"}
+            async with serve(alone) as target, Connection(target.base_url, target.key) as api:
+                rows += await cases.frozen(api, target, groups)
+    return rows
+
+
+async def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m loadtests.lifecycle", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join([*CASES, "frozen", *CYCLES]))
+    parser.add_argument("--cycles", action="store_true", help="the long cases too")
+    parser.add_argument("--out", type=Path, default=Path("loadtests/results"), help="directory for the results")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.cases) - {*CASES, "frozen", *CYCLES}:
+        parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    wanted = options.cases or [*CASES, "frozen", *(CYCLES if options.cycles else [])]
+
+    rows = await measure(wanted)
+    about = report.facts(SETTINGS)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"lifecycle-{about['measured_at'].replace(':', '')}.json"
+    path.write_bytes(orjson.dumps(report.as_json(rows, about), option=orjson.OPT_INDENT_2))
+    table = report.markdown(rows, about)
+    path.with_suffix(".md").write_text(table)
+    print(table)
+    say(f"written to {path} and {path.with_suffix('.md').name}")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1:]))

@@ -1,0 +1,141 @@
+"""How long it takes to restore, wake, fork and save, and what a sandbox holds while it is frozen."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from loadtests import report
+from loadtests.http import Connection
+from loadtests.lifecycle.box import Box, box, children, create
+from loadtests.report import Row
+from loadtests.server import Target
+
+#: Between two restores: time in which the host may make another shell, as it has in a real day.
+_PAUSE_S = 0.4
+_MIB = 1024 * 1024
+
+
+async def timed(call: Callable[[], Awaitable[Any]]) -> tuple[float, Any]:
+    """Seconds a call took, and its result."""
+    started = time.perf_counter()
+    result = await call()
+    return time.perf_counter() - started, result
+
+
+async def ready_snapshot(source: Box) -> dict[str, Any]:
+    """Take a snapshot and wait until it can be used."""
+    taken = await source.post("snapshots", {"comment": "bench"}, expect=202)
+    async with asyncio.timeout(60):
+        while taken["state"] == "pending":
+            await asyncio.sleep(0.02)
+            path = f"{source.path}/snapshots/{taken['id']}"
+            taken = (await source.api.call("GET", path)).json()
+    if taken["state"] != "ready":
+        raise RuntimeError(f"no snapshot: {taken}")
+    return dict(taken)
+
+
+async def restoring(api: Connection, target: Target) -> list[Row]:
+    """Create from a snapshot until the 201, by then the copy's agent has answered; and the pause of taking one."""
+    rows: list[Row] = []
+    for mib, count, bar in ((64, 20, "100"), (256, 12, "300"), (1024, 6, "1200")):
+        async with box(api, target, "hold", str(mib), memory_mb=max(1024, 2 * mib)) as source:
+            pauses = []
+            for _ in range(10 if mib == 64 else 3):
+                snapshot = await ready_snapshot(source)
+                pauses.append(snapshot["pause_ms"] / 1e3)
+            note = f"image {snapshot['size_bytes'] / _MIB:.0f} MiB"
+            rows.append(report.latency(f"live save of {mib} MiB, pause", pauses, target="50 / 80" if mib == 64 else ""))
+            durations = []
+            for _ in range(count):
+                await asyncio.sleep(_PAUSE_S)
+                took, copy = await timed(lambda: create(api, target, snapshot_id=snapshot["id"]))  # noqa: B023
+                durations.append(took)
+                await copy.destroy()
+            rows.append(report.latency(f"create from {mib} MiB of memory", durations, target=bar, note=note))
+    return rows
+
+
+async def waking(api: Connection, target: Target) -> list[Row]:
+    """A preview request to a paused sandbox, on a new connection."""
+    rows = []
+    async with box(api, target, "hold", "16") as source:
+        awake = [(await timed(source.visit))[0] for _ in range(50)]
+        rows.append(report.latency("preview request, running", awake, target="2 / 10"))
+        for kind, count, bar in (("frozen", 60, "3 / 20"), ("hibernated", 20, "110 / 250")):
+            durations = []
+            for _ in range(count):
+                await source.post("pause", {"hibernate": kind == "hibernated"})
+                await asyncio.sleep(0.05 if kind == "frozen" else _PAUSE_S)
+                durations.append((await timed(source.visit))[0])
+            rows.append(report.latency(f"preview request, {kind}", durations, target=bar))
+    return rows
+
+
+async def forking(api: Connection, target: Target) -> list[Row]:
+    """Fork until every copy answers."""
+    rows = []
+    async with box(api, target, "hold", "16") as parent:
+        for count, repeats, bar in ((1, 15, ""), (5, 8, "150"), (20, 4, "700")):
+            durations = []
+            for _ in range(repeats):
+                await asyncio.sleep(_PAUSE_S * count)
+                took, made = await timed(lambda: children(parent, count))  # noqa: B023
+                durations.append(took)
+                for child in made:
+                    await child.destroy()
+            rows.append(report.latency(f"fork into {count}, all answer", durations, target=bar))
+    return rows
+
+
+async def frozen(api: Connection, target: Target, groups: Path) -> list[Row]:
+    """CPU time and memory of one sandbox, running idle and then frozen, from outside.
+
+    groups: the control groups of the server's machines; nothing else may run on it.
+    """
+    rows = []
+    async with box(api, target) as source:
+        await source.run("true")
+        await asyncio.sleep(3)
+        rows.append(_number("idle sandbox, resident (PSS)", _pss_mib(groups), "MiB", "≤ 12"))
+        await source.post("pause")
+        await asyncio.sleep(3)
+        before = _cpu_s(groups)
+        await asyncio.sleep(10)
+        rows.append(_number("frozen sandbox, CPU in 10 s", (_cpu_s(groups) - before) * 1e3, "ms", "0"))
+        rows.append(_number("frozen sandbox, resident (PSS)", _pss_mib(groups), "MiB", "≤ 5"))
+    return rows
+
+
+def _number(name: str, value: float, unit: str, bar: str) -> Row:
+    return Row(name, unit, 1, round(value, 2), None, None, bar)
+
+
+def _pids(groups: Path) -> set[int]:
+    return {int(pid) for path in groups.glob("*/cgroup.procs") for pid in path.read_text().split()}
+
+
+def _cpu_s(groups: Path) -> float:
+    """CPU time of all processes so far."""
+    ticks = 0
+    for pid in _pids(groups):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / 100
+
+
+def _pss_mib(groups: Path) -> float:
+    """Memory of all processes, shared pages divided among those that share them."""
+    kib = 0
+    for pid in _pids(groups):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    kib += int(line.split()[1])
+    return kib / 1024
