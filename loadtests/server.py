@@ -45,9 +45,10 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.asynccontextmanager
 async def serve(settings: Mapping[str, str]) -> AsyncIterator[Target]:
-    """Run `sandgate serve` until the block ends. settings: environment variables on top of ours."""
+    """Run `sandgate serve` until the block ends. settings: environment variables on top of ours, the home's too."""
     port, admin_port = free_ports(2)
-    with tempfile.TemporaryDirectory(prefix="sandgate-bench-") as home:
+    with tempfile.TemporaryDirectory(prefix="sandgate-bench-") as scratch:
+        home = settings.get("SANDGATE_HOME", scratch)
         environment = {
             **os.environ,
             "SANDGATE_HOME": home,
