@@ -23,6 +23,7 @@ from loadtests.server import Target, serve
 from vmm.drivers.gvisor.config import instance_id
 
 SETTINGS = {"SANDGATE_RATE_LIMIT_PER_MINUTE": "10000000", "SANDGATE_ACCESS_LOG": "false"}
+_NO_POOL = {f"SANDGATE_POOL_{name}": "0" for name in ("READY", "READY_MAX", "SHELLS", "SHELLS_MAX")}
 _MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
 
 Case = Callable[[Connection, Target], Awaitable[list[Row]]]
@@ -54,7 +55,7 @@ async def measure(wanted: Sequence[str]) -> list[Row]:
         say("measuring: frozen")
         with tempfile.TemporaryDirectory(prefix="sandgate-bench-") as home:
             groups = _MEMORY_GROUPS / f"sandgate-{instance_id(Path(home))}"
-            alone = {**SETTINGS, "SANDGATE_HOME": home, "SANDGATE_POOL_READY_MAX": "0", "SANDGATE_POOL_SHELLS_MAX": "0"}
+            alone = {**SETTINGS, **_NO_POOL, "SANDGATE_HOME": home}
             async with serve(alone) as target, Connection(target.base_url, target.key) as api:
                 rows += await cases.frozen(api, target, groups)
     return rows
