@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-from collections.abc import Sequence
 from typing import Any
 
 from vmm.calls import decode
@@ -36,32 +35,35 @@ async def write_names(
     spec: MachineSpec,
     placement: Placement,
     *,
+    has_resolvers: bool = False,
     keeps_env: bool = False,
     token: str | None = None,
     hooks: HookStage | None = None,
 ) -> HooksRun:
     """Tell a machine who it is, whoever it was before. Raises VmmError when its agent refuses or does not answer.
 
-    keeps_env: leave its variables as they are in its memory.
+    has_resolvers: `warm_up` has told it already.  keeps_env: leave its variables as they are in its memory.
     token: what later connections to its agent have to show; the one in use stays. hooks: run these once it knows.
     """
     op: dict[str, Any] = {
         "op": "identity",
         "hostname": spec.hostname,
-        "entropy": secrets.token_hex(_ENTROPY_BYTES),
         "files": {
             "/etc/hostname": f"{spec.hostname}\n",
             "/etc/hosts": _hosts(spec.hostname, placement.address),
             "/etc/machine-id": f"{machine_id(spec.id)}\n",
-            "/etc/resolv.conf": _resolv_conf(placement.resolvers),
         },
     }
+    if not has_resolvers:
+        op["files"] |= _resolver_files(placement)
     if not keeps_env:
         op |= {"reset": True, "env": dict(spec.env)}
     if token is not None:
         op["token"] = token
     if hooks is not None:
         op |= {"hooks": hooks, "timeout_s": HOOKS_TIMEOUT_S}
+    if hooks is HookStage.AFTER_RESTORE:
+        op["entropy"] = secrets.token_hex(_ENTROPY_BYTES)
     return await _call(line, op, hooks)
 
 
@@ -70,8 +72,9 @@ async def run_hooks(line: AgentLine, stage: HookStage) -> HooksRun:
     return await _call(line, {"op": "hooks", "stage": stage, "timeout_s": HOOKS_TIMEOUT_S}, stage)
 
 
-async def warm_up(line: AgentLine) -> None:
-    """Have the agent see to what the first command would otherwise wait for. Raises VmmError as `write_names` does."""
+async def warm_up(line: AgentLine, placement: Placement) -> None:
+    """Have the agent see to what a claim and the first command would otherwise wait for. Raises as `write_names`."""
+    await line.call({"op": "identity", "files": _resolver_files(placement)})
     await line.call({"op": "warm_up"})
 
 
@@ -92,5 +95,6 @@ def _hosts(hostname: str, address: str) -> str:
     return f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{address}\t{hostname}\n"
 
 
-def _resolv_conf(resolvers: Sequence[str]) -> str:
-    return "".join(f"nameserver {address}\n" for address in resolvers) + "options timeout:2 attempts:2\n"
+def _resolver_files(placement: Placement) -> dict[str, str]:
+    servers = "".join(f"nameserver {address}\n" for address in placement.resolvers)
+    return {"/etc/resolv.conf": f"{servers}options timeout:2 attempts:2\n"}

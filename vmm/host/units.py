@@ -72,7 +72,7 @@ class Units:
             placement = await self._driver.start(shell.id, shape, token=shell.token)
             unit = self.join(shell.id, shell.token, placement, Origin.READY)
             async with self._agent_answering(unit):
-                await warm_up(unit.line)
+                await warm_up(unit.line, placement)
             unit.line.hold()
             await self._driver.freeze(unit.id)
             return unit
@@ -83,7 +83,7 @@ class Units:
             await self._driver.thaw(unit.id)
             unit.line.release()
             async with self._agent_answering(unit):
-                return replace(unit, hooks=await write_names(unit.line, spec, unit.placement))
+                return replace(unit, hooks=await write_names(unit.line, spec, unit.placement, has_resolvers=True))
 
     async def start(self, spec: MachineSpec, shell: Shell | None = None) -> Unit:
         """A unit with the template's files, in a shell or from nothing."""

@@ -34,7 +34,7 @@ fn one_frame_sets_files_environment_and_token() {
         assert_eq!(client.call(&op).reply(), &json!({"ran": [], "failed": []}));
     }
     assert_eq!(fs::read_to_string(&hosts).unwrap(), "127.0.0.1 me\n");
-    assert_eq!(fs::metadata(&hosts).unwrap().permissions().mode() & 0o777, 0o600, "a mode is kept");
+    assert_eq!(fs::metadata(&hosts).unwrap().permissions().mode() & 0o777, 0o644, "all may read them");
     assert_eq!(fs::metadata(&id).unwrap().permissions().mode() & 0o777, 0o644);
     let names: Vec<_> = fs::read_dir(agent.path("")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names.len(), 2, "nothing is left of the writing: {names:?}");

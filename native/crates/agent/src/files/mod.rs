@@ -6,6 +6,7 @@ mod entry;
 mod list;
 mod path;
 mod read;
+mod replace;
 mod tree;
 mod write;
 
@@ -15,7 +16,8 @@ pub use entry::stat;
 pub use list::list;
 pub use path::{check_place, checked_path};
 pub use read::{FileReader, ReadStep};
-pub use write::{FileWriter, Write, WriteStep};
+pub use replace::replace;
+pub use write::{FileWriter, WriteStep};
 
 use std::ffi::OsString;
 use std::os::fd::{AsRawFd, OwnedFd};

@@ -20,7 +20,6 @@ use super::read::require_regular;
 use super::temporary_name;
 use crate::error::{OpError, OpResult};
 use crate::process::Host;
-use crate::users;
 
 const MODE_DEFAULT: u32 = 0o644;
 
@@ -34,13 +33,6 @@ pub struct Write {
     append: bool,
     user: Option<String>,
     roots: Option<Vec<String>>,
-}
-
-impl Write {
-    /// Replace the file at `path`, in a directory that exists; a new one becomes ours.
-    pub fn as_ourselves(path: String) -> Self {
-        Self { path, mode: None, parents: false, append: false, user: users::ourselves(), roots: None }
-    }
 }
 
 fn yes() -> bool {

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use super::Advance;
 use crate::core::{Core, Done, Outcome};
 use crate::error::{OpError, OpResult};
-use crate::files::{self, FileWriter};
+use crate::files;
 use crate::hooks::{self, Stage};
 use crate::identity::Identity;
 use crate::process::{Asked, Command, Draft, From, Process, Request, State, StreamKey, spawn};
@@ -188,8 +188,8 @@ impl SetupStream {
         let (host, stage) = (Arc::clone(&core.host), self.stage);
         core.pool.submit(move || {
             let prepare = || -> OpResult<Prepared> {
-                for (path, text) in texts {
-                    FileWriter::new(files::Write::as_ourselves(path), Arc::clone(&host)).step(&[text.into()], true)?;
+                for (path, text) in &texts {
+                    files::replace(path, text)?;
                 }
                 stir(&entropy);
                 stage.map_or(Ok(Vec::new()), |stage| hooks::find(&host.hooks, stage))
