@@ -1,7 +1,7 @@
 """`python -m loadtests.baseline`: measure a server and print the table.
 
-Without --url it starts a server of its own with the rate limit out of the way, and a second pair with the `fake`
-driver to see what the limit costs. Results go to loadtests/results/.
+Without --url it starts servers of its own with the rate limit out of the way: one for each way to create a sandbox, one
+for all other calls, and a pair with the `fake` driver to see what the limit costs. Results go to loadtests/results/.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ async def measure(target: Target) -> list[Row]:
     rows: list[Row] = []
     async with Connection(target.base_url, target.key) as api:
         for name, case in (
-            ("create, first command, destroy", cases.creating(api, target)),
             ("exec", cases.executing(api)),
             ("streams", cases.streaming(api)),
             ("GET", cases.reading(target, api)),
@@ -38,6 +37,23 @@ async def measure(target: Target) -> list[Row]:
         ):
             say(f"measuring: {name}")
             rows += await case
+    return rows
+
+
+async def measure_creates() -> list[Row]:
+    """A create that finds a sandbox ready, one that finds a shell, and one that finds nothing: a server for each."""
+    rows: list[Row] = []
+    none = {"SANDGATE_POOL_READY_MAX": "0", "SANDGATE_POOL_SHELLS_MAX": "0"}
+    for origin, pool, targets in (
+        ("from the pool", {}, ("5 / 20", "15 / 50")),
+        ("in a shell", {**none, "SANDGATE_POOL_SHELLS_MAX": "2", "SANDGATE_POOL_SHELLS": "2"}, ("75 / 150", "")),
+        ("cold", none, ("120 / 250", "")),
+    ):
+        say(f"measuring: create {origin}, first command, destroy")
+        async with serve({**SETTINGS, **pool}) as target, Connection(target.base_url, target.key) as api:
+            rows += await cases.creating(api, origin, targets=targets)
+            if pool is none:
+                rows += await cases.destroying(api, target)
     return rows
 
 
@@ -69,7 +85,7 @@ async def main(arguments: Sequence[str]) -> None:
         say("starting a server")
         async with serve(SETTINGS) as target:
             rows = await measure(target)
-        rows += await measure_limit()
+        rows = await measure_creates() + rows + await measure_limit()
 
     about = report.facts({} if options.url else SETTINGS)
     options.out.mkdir(parents=True, exist_ok=True)

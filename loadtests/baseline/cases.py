@@ -21,6 +21,8 @@ from loadtests.server import Target
 CASE_TIME_S = 30.0
 
 STDOUT_BYTES = 256 * 1024 * 1024
+#: A unit of the pool takes about half of this to make.
+REFILL_TIME_S = 1.5
 GET_CONNECTIONS = 16
 GET_TIME_S = 5.0
 
@@ -64,14 +66,16 @@ async def sandbox(api: Connection) -> AsyncIterator[str]:
         await destroy(api, sandbox_id)
 
 
-async def creating(api: Connection, target: Target, count: int = 40) -> list[Row]:
-    """Create, the first command, destroy: the life of a sandbox, `count` times."""
+async def creating(api: Connection, origin: str, *, targets: tuple[str, str], count: int = 15) -> list[Row]:
+    """Create, the first command, destroy: the life of a sandbox, `count` times, each when the pool is full again.
+
+    origin: what the sandboxes come from, for the rows' names. targets: for the answer and for the first command.
+    """
     answered: list[float] = []
     first_command: list[float] = []
     destroyed: list[float] = []
-    gone: list[float] = []
-
-    async def life() -> None:
+    for _ in range(count):
+        await asyncio.sleep(REFILL_TIME_S)
         started = time.perf_counter()
         sandbox_id = await create(api)
         answered.append(time.perf_counter() - started)
@@ -80,33 +84,45 @@ async def creating(api: Connection, target: Target, count: int = 40) -> list[Row
         started = time.perf_counter()
         await destroy(api, sandbox_id)
         destroyed.append(time.perf_counter() - started)
-        if target.pid is not None:
-            await _until_gone(sandbox_id)
-            gone.append(time.perf_counter() - started)
-
-    await samples(life, count)
-    rows = [
-        report.latency("create → 201", answered, target="5 / 20", note="no pool: every create is cold"),
-        report.latency("create → first command done", first_command, target="15 / 50"),
-        report.latency("cold create", answered, target="120 / 250", note="the same samples as create → 201"),
-        report.latency("destroy, answer", destroyed, target="10"),
+    return [
+        report.latency(f"create → 201, {origin}", answered, target=targets[0]),
+        report.latency(f"create → first command done, {origin}", first_command, target=targets[1]),
+        report.latency(f"destroy, answer, {origin}", destroyed, target="10"),
     ]
-    if gone:
-        rows.append(report.latency("destroy, no process left", gone, target="p95 500"))
-    return rows
 
 
-async def _until_gone(machine_id: str) -> None:
-    """Wait until no process of this host names the machine. Only for a server on this host."""
-    needle = machine_id.encode()
-    async with asyncio.timeout(30):
-        while any(needle in _command_line(path) for path in Path("/proc").glob("[0-9]*/cmdline")):
-            await asyncio.sleep(0.005)
+async def destroying(api: Connection, target: Target, count: int = 15) -> list[Row]:
+    """From the request to destroy a sandbox until none of its processes is left. For a server without a pool."""
+    gone: list[float] = []
+    for _ in range(count):
+        sandbox_id = await create(api)
+        started = time.perf_counter()
+        await destroy(api, sandbox_id)
+        async with asyncio.timeout(30):
+            while _sandboxes_below(target.pid):
+                await asyncio.sleep(0.005)
+        gone.append(time.perf_counter() - started)
+    return [report.latency("destroy, no process left", gone, target="p95 500")]
 
 
-def _command_line(path: Path) -> bytes:
+def _sandboxes_below(ancestor: int | None) -> set[int]:
+    """Processes of sandboxes that descend from a server on this host."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # After the name in parentheses, which may hold anything: state, parent.
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(") ")[2].split()[1])
+        except OSError:
+            continue
+    ours = {ancestor}
+    while more := {pid for pid, parent in parents.items() if parent in ours and pid not in ours}:
+        ours |= more
+    return {pid for pid in ours if pid is not None and _command_line(pid).startswith(b"runsc-sandbox")}
+
+
+def _command_line(pid: int) -> bytes:
     try:
-        return path.read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
 
