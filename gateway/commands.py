@@ -184,10 +184,14 @@ class FollowSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class RestoreSandbox:
-    """Put a sandbox back to the memory and files of a snapshot. What it did since then is gone."""
+    """Put a sandbox back to the memory and files of a snapshot. What it did since then is gone.
+
+    effect_id: the same one never takes it back twice.
+    """
 
     sandbox_id: str
     snapshot_id: str
+    effect_id: str
 
 
 @dataclass(frozen=True, slots=True)

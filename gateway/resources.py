@@ -101,6 +101,7 @@ class Sandbox:
 
     base_template: the host's template under `template`.  image_id: the memory image it starts from, if any.
     snapshot_id: the snapshot it was made from or last restored to.  parent_id: the sandbox it is a copy of.
+    restore_id: the effect that restored it last.
     paused_s: seconds of its pauses that have ended; the present one began at `paused_at`.
     """
 
@@ -134,6 +135,7 @@ class Sandbox:
     image_id: str | None = None
     snapshot_id: str | None = None
     parent_id: str | None = None
+    restore_id: str | None = None
     idle_action: IdleAction = IdleAction.DESTROY
     auto_resume: bool = True
     hibernate_after_s: float | None = None

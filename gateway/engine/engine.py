@@ -20,6 +20,7 @@ from gateway.engine.keys import KeyService
 from gateway.engine.logs import LogService
 from gateway.engine.pausing import PauseService
 from gateway.engine.previews import PreviewService
+from gateway.engine.restoring import RestoreService
 from gateway.engine.sandboxes import SandboxService
 from gateway.engine.snapshots import SnapshotService
 from gateway.engine.templates import TemplateService
@@ -64,7 +65,7 @@ class Engine:
         self.get_snapshot = self.snapshots.get
         self.delete_snapshot = self.snapshots.delete
         self.follow_snapshot = self.snapshots.follow
-        self.restore_sandbox = self.snapshots.restore
+        self.restore_sandbox = RestoreService(context, self.snapshots).restore
 
         self.creation = CreationService(context, self.sandboxes, self.templates, self.snapshots)
         self.create_sandbox = self.creation.create

@@ -90,6 +90,7 @@ class ForkService:
             image_id=None if snapshot is None else snapshot.id,
             snapshot_id=parent.snapshot_id if snapshot is None else snapshot.id,
             parent_id=parent.id,
+            restore_id=None,
             env={**origin.env, **command.env},
             metadata=parent.metadata if command.metadata is None else command.metadata,
             tags=parent.tags if command.tags is None else tuple(dict.fromkeys(command.tags)),

@@ -132,6 +132,8 @@ class SandboxService:
         sandbox = await context.database.write(job)
         if any(getattr(command, name) is not None for name in _TIMERS):
             await self._push_timers(sandbox)
+        if command.auto_resume is not None:
+            await context.routes.push(sandbox.id)
         return sandbox
 
     def _changes(self, before: Sandbox, command: UpdateSandbox, now: float) -> dict[str, Any]:

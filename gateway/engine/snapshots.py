@@ -24,18 +24,16 @@ from gateway.commands import (
     FollowSnapshot,
     GetSnapshot,
     ListSnapshots,
-    RestoreSandbox,
 )
 from gateway.engine.context import STARTED, Context, owned_row, require
-from gateway.engine.translate import from_vmm, vmm_errors
+from gateway.engine.translate import from_vmm
 from gateway.errors import GatewayError
-from gateway.events import checkpoint_event, sandbox_event
-from gateway.resources import Page, Principal, Sandbox, SandboxState, Snapshot, SnapshotState
-from gateway.store import sandboxes as sandbox_rows
+from gateway.events import checkpoint_event
+from gateway.resources import Page, Principal, Sandbox, Snapshot, SnapshotState
 from gateway.store import snapshots as rows
 from gateway.store import templates as template_rows
 from vmm.errors import LinkError, VmmError
-from vmm.types import MachineInfo, SnapshotInfo, SnapshotStep
+from vmm.types import SnapshotInfo, SnapshotStep
 from vmm.types import SnapshotState as ImageState
 
 _log = logging.getLogger(__name__)
@@ -295,44 +293,6 @@ class SnapshotService:
         except VmmError as error:
             _log.warning("the image of snapshot %s is left to the reconciler: %s", snapshot_id, error)
 
-    async def restore(self, principal: Principal, command: RestoreSandbox) -> Sandbox:
-        """Put a sandbox back to a snapshot. On an error it goes on as it was.
-
-        Raises GatewayError: sandbox_not_found, sandbox_not_running, snapshot_not_found, snapshot_not_ready,
-        snapshot_incompatible, snapshot_corrupt, no_capacity.
-        """
-        sandbox = await self._context.started(principal, command.sandbox_id)
-        snapshot = await self.ready(principal, command.snapshot_id)
-        if _shape(snapshot) != _shape(sandbox):
-            raise GatewayError("snapshot_incompatible", "The snapshot is of a sandbox of another template or size.")
-        with vmm_errors():
-            deadline = time.monotonic() + _RESTORE_S
-            machine = await self._context.host.restore_machine(sandbox.id, snapshot.id, deadline=deadline)
-        await self._note_restored(sandbox, snapshot, machine)
-        await self._renew_env(sandbox, snapshot)
-        return await self._context.sandbox(principal, sandbox.id)
-
-    async def _note_restored(self, sandbox: Sandbox, snapshot: Snapshot, machine: MachineInfo) -> None:
-        at = self._context.clock()
-
-        def job(connection: sa.Connection) -> None:
-            values = {"state": SandboxState.RUNNING, "address": machine.address, "snapshot_id": snapshot.id}
-            if sandbox_rows.change(connection, sandbox.id, only_in=STARTED, **values):
-                sandbox_rows.end_pause(connection, sandbox.id, at)
-                sandbox_event(connection, "restored", sandbox, at=at, snapshot_id=snapshot.id)
-
-        await self._context.database.write(job)
-        self._context.events.announce()
-        await self._context.routes.push(sandbox.id)
-
-    async def _renew_env(self, sandbox: Sandbox, snapshot: Snapshot) -> None:
-        """Variables belong to the sandbox, not to its memory: what was set since the snapshot still holds."""
-        if sandbox.env == snapshot.env:
-            return
-        forgotten = [name for name in snapshot.env if name not in sandbox.env]
-        with vmm_errors():
-            await self._context.host.agent(sandbox.id).identity(env=sandbox.env, unset=forgotten)
-
 
 _ENDED = (SnapshotState.READY, SnapshotState.ERROR, SnapshotState.DELETING)
 
@@ -381,7 +341,3 @@ def _not_found() -> GatewayError:
 def _failure(snapshot: Snapshot) -> GatewayError:
     detail = f" ({snapshot.error_detail})" if snapshot.error_detail else ""
     return GatewayError(snapshot.error_code or "snapshot_failed", f"The snapshot could not be taken{detail}.")
-
-
-def _shape(item: Snapshot | Sandbox) -> tuple[str, float, int, int]:
-    return item.base_template, item.cpu_count, item.memory_mib, item.disk_mib

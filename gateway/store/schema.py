@@ -69,6 +69,8 @@ sandboxes = sa.Table(
     sa.Column("image_id", _ID),
     sa.Column("snapshot_id", _ID),
     sa.Column("parent_id", _ID),
+    # Of the newest restore in place: what asked for it.
+    sa.Column("restore_id", _ID),
     sa.Column("cpu_count", sa.Double, nullable=False),
     sa.Column("memory_mib", sa.Integer, nullable=False),
     sa.Column("disk_mib", sa.Integer, nullable=False),

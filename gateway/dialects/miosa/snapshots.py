@@ -191,7 +191,7 @@ async def events(call: Call) -> Response:
 
 async def restore(call: Call) -> sandboxes.Sandbox:
     """Put the sandbox back to a snapshot's memory and files; what it did since is gone."""
-    command = commands.RestoreSandbox(decode.sandbox_id(call), _snapshot_id(call))
+    command = commands.RestoreSandbox(decode.sandbox_id(call), _snapshot_id(call), call.effect_id)
     return sandboxes.sandbox(await call.engine.restore_sandbox(call.principal, command))
 
 

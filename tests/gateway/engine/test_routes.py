@@ -18,14 +18,19 @@ from gateway.commands import (
     CreatePreview,
     CreateShare,
     DeletePreview,
+    GetSandbox,
+    PauseSandbox,
+    ResumeSandbox,
     RevokeApiKey,
     RevokeShare,
     StartProcess,
+    UpdateSandbox,
 )
 from gateway.engine import Engine
 from gateway.engine.routes import PlaneRoutes
 from gateway.events import EventLog
 from gateway.resources import Principal, Sandbox, SandboxState
+from gateway.wakes import WakeRelay
 from previews.plane import PlaneClient
 from tests.gateway.engine.conftest import make_principal, put_running
 from tests.previews.harness import Plane
@@ -72,12 +77,23 @@ async def served(real: Engine, principal: Principal, machine_id: str, plane: Pla
         async def sync() -> None:
             await client.sync(routes.snapshot)
 
-        client = PlaneClient(str(plane.control_socket), on_poke=lambda _topic, _seq: events.wake(), on_new_epoch=sync)
+        async def wake(sandbox_id: str) -> None:
+            await engine.pausing.wake(sandbox_id)
+
+        wakes = WakeRelay(wake)
+        client = PlaneClient(
+            str(plane.control_socket),
+            on_poke=lambda _topic, _seq: events.wake(),
+            on_wake=wakes.note,
+            on_new_epoch=sync,
+        )
         routes = PlaneRoutes(context.database, client)
         events = EventLog(context.database, routes.poke)
+        engine = Engine(replace(context, routes=routes, events=events))
         await stack.enter_async_context(client)
         await client.wait_connected(10)
-        engine = Engine(replace(context, routes=routes, events=events))
+        waking = asyncio.create_task(wakes.run())
+        stack.callback(waking.cancel)
         address = (await context.host.get_machine(machine_id)).address
         sandbox = await put_running(engine, principal, id=machine_id, address=address)
         await routes.push(sandbox.id)
@@ -170,3 +186,39 @@ async def test_other_workers_are_woken_by_a_poke(served: Served, plane: Plane) -
         served.engine.context.events.announce()
         async with asyncio.timeout(10):
             await woken.wait()
+
+
+@pytest.mark.parametrize("hibernate", [False, True])
+async def test_visitors_of_a_paused_sandbox_wake_it_and_are_served(served: Served, *, hibernate: bool) -> None:
+    await served.open_port("public")
+    await until_served(served)
+    paused = await served.engine.pause_sandbox(served.principal, PauseSandbox(served.sandbox.id, hibernate=hibernate))
+    assert paused.state is SandboxState.PAUSED
+    assert await asyncio.gather(*(served.status() for _ in range(5))) == [200] * 5
+    async with asyncio.timeout(10):
+        while await state(served) is not SandboxState.RUNNING:
+            await asyncio.sleep(0.01)
+    assert await served.status() == 200
+
+
+async def test_visitors_do_not_wake_one_that_shall_not(served: Served) -> None:
+    await served.open_port("public")
+    await until_served(served)
+    engine, sandbox_id = served.engine, served.sandbox.id
+    await engine.pause_sandbox(served.principal, PauseSandbox(sandbox_id))
+    await engine.update_sandbox(served.principal, UpdateSandbox(sandbox_id, auto_resume=False))
+    assert await served.status() == 409
+    assert await state(served) is SandboxState.PAUSED
+    await engine.update_sandbox(served.principal, UpdateSandbox(sandbox_id, auto_resume=True))
+    assert await served.status() == 200
+    await engine.resume_sandbox(served.principal, ResumeSandbox(sandbox_id))
+
+
+async def state(served: Served) -> SandboxState:
+    return (await served.engine.get_sandbox(served.principal, GetSandbox(served.sandbox.id))).state
+
+
+async def until_served(served: Served) -> None:
+    async with asyncio.timeout(20):
+        while await served.status() != 200:
+            await asyncio.sleep(0.05)

@@ -111,7 +111,7 @@ async def test_going_back_undoes_what_was_done_since(engine: Engine, principal: 
     taken = await take(engine, principal, sandbox)
     await write(engine, principal, sandbox, b"after")
     await engine.set_env(principal, SetEnv(sandbox.id, {"LATER": "kept"}))
-    back = await engine.restore_sandbox(principal, RestoreSandbox(sandbox.id, taken.id))
+    back = await engine.restore_sandbox(principal, RestoreSandbox(sandbox.id, taken.id, new_id()))
     assert (back.state, back.snapshot_id) == (SandboxState.RUNNING, taken.id)
     assert await read(engine, principal, sandbox) == b"before"
     # Variables belong to the sandbox, not to its memory.
@@ -120,12 +120,23 @@ async def test_going_back_undoes_what_was_done_since(engine: Engine, principal: 
     assert (await take(engine, principal, back)).parent_id == taken.id
 
 
+async def test_the_same_command_takes_it_back_once(engine: Engine, principal: Principal, sandbox: Sandbox) -> None:
+    taken = await take(engine, principal, sandbox)
+    command = RestoreSandbox(sandbox.id, taken.id, new_id())
+    await engine.restore_sandbox(principal, command)
+    await write(engine, principal, sandbox, b"after")
+    assert (await engine.restore_sandbox(principal, command)).state is SandboxState.RUNNING
+    assert await read(engine, principal, sandbox) == b"after"
+    await engine.restore_sandbox(principal, replace(command, effect_id=new_id()))
+    assert await read(engine, principal, sandbox) == b"before"
+
+
 async def test_a_paused_sandbox_can_be_saved_and_restored(
     engine: Engine, principal: Principal, sandbox: Sandbox
 ) -> None:
     await engine.pause_sandbox(principal, PauseSandbox(sandbox.id, hibernate=True))
     taken = await take(engine, principal, sandbox)
-    back = await engine.restore_sandbox(principal, RestoreSandbox(sandbox.id, taken.id))
+    back = await engine.restore_sandbox(principal, RestoreSandbox(sandbox.id, taken.id, new_id()))
     assert back.state is SandboxState.RUNNING
     assert await read(engine, principal, sandbox) == b"before"
 
@@ -145,7 +156,7 @@ async def test_a_sandbox_of_another_size_cannot_take_it(engine: Engine, principa
     taken = await take(engine, principal, sandbox)
     other = await engine.create_sandbox(principal, CreateSandbox(new_id(), memory_mib=256))
     with pytest.raises(GatewayError, match="snapshot_incompatible"):
-        await engine.restore_sandbox(principal, RestoreSandbox(other.id, taken.id))
+        await engine.restore_sandbox(principal, RestoreSandbox(other.id, taken.id, new_id()))
 
 
 async def test_progress_can_be_followed(
@@ -182,7 +193,7 @@ async def test_one_that_fails_says_why_and_leaves_the_sandbox(
     failed = await engine.get_snapshot(principal, GetSnapshot(command.effect_id))
     assert (failed.state, failed.error_code) == (SnapshotState.ERROR, "disk_full")
     with pytest.raises(GatewayError, match="snapshot_not_ready"):
-        await engine.restore_sandbox(principal, RestoreSandbox(sandbox.id, command.effect_id))
+        await engine.restore_sandbox(principal, RestoreSandbox(sandbox.id, command.effect_id, new_id()))
     assert await read(engine, principal, sandbox) == b"before"
     faults.save_error = None
     assert (await engine.create_snapshot(principal, command)).state is SnapshotState.READY
