@@ -7,32 +7,52 @@ use sandgate_hosts::host::{self, HostName};
 use sandgate_plane::admit::Credentials;
 use sandgate_plane::compose::{self, HTTPS, Peer, Reply};
 use sandgate_plane::http::body::{Body, Piece};
-use sandgate_plane::http::{Framing, fields, find_end, request as requests, response as responses};
+use sandgate_plane::http::{Framing, HeadError, fields, find_end, request as requests, response as responses};
 use sandgate_plane::message::{self, Message};
+use sandgate_plane::policy::{Policy, Visit};
 use sandgate_plane::streams::backlog::{CURSOR_BYTES, Withheld};
 use sandgate_plane::streams::event::Batch;
 use sandgate_plane::streams::order::{self, Order};
 use sandgate_plane::table::Table;
+use sandgate_plane::trust;
 
 const HEAD_BYTES_MAX: usize = 65536;
 
-/// What is sent to an upstream reads as one request, to the same host and with the same framing as what came in.
+/// A policy that has an opinion about everything.
+fn policy() -> Policy {
+    Policy::new(Some(vec!["*".into()]), false, Some(&["'self'".into()])).expect("a policy")
+}
+
+/// What is sent to an upstream reads as one request, to the same host and with the same framing as what came in,
+/// whatever a trusted proxy says of the client. The answer to a preflight request reads as one response.
 pub fn request(input: &[u8]) {
     let Ok(Some(len)) = find_end(input, 0, HEAD_BYTES_MAX) else { return };
     let head = &input[..len];
     let mut fields = Vec::new();
     let Ok(parsed) = requests::parse(head, &mut fields) else { return };
-    let peer = Peer::new(IpAddr::V4(Ipv4Addr::LOCALHOST), HTTPS);
-    for credentials in [None, Some(Credentials::default())] {
+    let near = Peer::new(IpAddr::V4(Ipv4Addr::LOCALHOST), HTTPS);
+    let told = trust::client_of(&["10.0.0.0/8".parse().expect("a network")], &near, head, &fields);
+    let value = |field: Option<&fields::Field>| field.map(|field| field.value(head));
+    let visit = Visit {
+        origin: value(fields.first()),
+        wanted_method: value(fields.get(1)),
+        wanted_fields: value(fields.get(2)),
+    };
+    if let Some(Ok(mut answer)) = policy().preflight(&visit) {
+        answer.extend_from_slice(b"\r\n");
+        assert_eq!(find_end(&answer, 0, usize::MAX), Ok(Some(answer.len())), "more or less than one head");
+        responses::parse(&answer, false, &mut Vec::new()).expect("our own response");
+    }
+    for (credentials, peer) in [(None, &near), (Some(Credentials::default()), &told)] {
         let mut sent = Vec::new();
-        compose::request(&mut sent, head, &fields, &parsed, credentials.as_ref(), &peer);
+        compose::request(&mut sent, head, &fields, &parsed, credentials.as_ref(), peer);
         assert_eq!(find_end(&sent, 0, usize::MAX), Ok(Some(sent.len())), "more or less than one head");
         let mut sent_fields = Vec::new();
         let again = match requests::parse(&sent, &mut sent_fields) {
             Ok(again) => again,
             // What we add may take the head over the limit on fields, and nothing else may be wrong with it.
             Err(error) => {
-                assert_eq!(error, sandgate_plane::http::HeadError::TooLarge);
+                assert_eq!(error, HeadError::TooLarge);
                 continue;
             }
         };
@@ -47,21 +67,23 @@ pub fn request(input: &[u8]) {
 pub fn response(input: &[u8]) {
     let Ok(Some(len)) = find_end(input, 0, HEAD_BYTES_MAX) else { return };
     let head = &input[..len];
-    for is_head in [false, true] {
+    let terms = policy().terms(&Visit { origin: Some(b"https://app.example"), ..Visit::default() });
+    for (is_head, terms) in [(false, None), (true, Some(&terms)), (false, Some(&terms))] {
         let mut fields = Vec::new();
         let Ok(parsed) = responses::parse(head, is_head, &mut fields) else { return };
-        let reply = Reply {
-            minor: 1,
-            is_keep_alive: true,
-            is_switch: false,
-            is_unchunked: false,
-            is_preview: true,
-            terms: None,
-        };
+        let reply =
+            Reply { minor: 1, is_keep_alive: true, is_switch: false, is_unchunked: false, is_preview: true, terms };
         let mut sent = Vec::new();
         compose::response(&mut sent, head, &fields, &parsed, reply);
         assert_eq!(find_end(&sent, 0, usize::MAX), Ok(Some(sent.len())), "more or less than one head");
-        let again = responses::parse(&sent, is_head, &mut Vec::new()).expect("our own response");
+        let again = match responses::parse(&sent, is_head, &mut Vec::new()) {
+            Ok(again) => again,
+            // What a policy adds may take the head over the limit on fields.
+            Err(error) => {
+                assert_eq!((error, terms.is_some()), (HeadError::TooLarge, true));
+                continue;
+            }
+        };
         assert_eq!((again.status, again.framing), (parsed.status, parsed.framing));
     }
 }
