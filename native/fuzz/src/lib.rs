@@ -14,7 +14,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 10] = [
     Target { name: "request", check: targets::request, seeds: seeds::REQUESTS },
     Target { name: "response", check: targets::response, seeds: seeds::RESPONSES },
     Target { name: "body", check: targets::body, seeds: seeds::BODIES },
@@ -23,4 +23,6 @@ pub const TARGETS: [Target; 8] = [
     Target { name: "frame", check: targets::frame, seeds: seeds::FRAMES },
     Target { name: "streams", check: targets::streams, seeds: seeds::STREAMS },
     Target { name: "http2", check: targets::http2, seeds: seeds::REQUESTS },
+    Target { name: "index", check: targets::index, seeds: seeds::INDEXES },
+    Target { name: "image", check: targets::image, seeds: seeds::IMAGES },
 ];

@@ -1,5 +1,19 @@
 //! Inputs that reach deep into the parsers, and the words they are made of.
 
+/// Indexes of packed images, without magic and seal.
+pub const INDEXES: &[&[u8]] = &[
+    b"\x05a.img\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00",
+    b"\x01a\x02\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x02\x00\x00\x0000000000000000000000000000000000",
+];
+
+/// Exported images, without magic and seal.
+pub const IMAGES: &[&[u8]] = &[
+    b"\x02\x00\x00\x00{}\x00",
+    b"\x02\x00\x00\x00{}\x05a.img\x00\x00\x00\x00\x01b\x00\x00\x00\x00\x00",
+    // One block of one byte, as zstd stores what it cannot compress.
+    b"\x00\x00\x00\x00\x01a\x01\x00\x00\x00\x0a\x00\x00\x00\x28\xb5\x2f\xfd\x20\x01\x09\x00\x00x\x00\x00\x00\x00\x00",
+];
+
 /// Request heads.
 pub const REQUESTS: &[&[u8]] = &[
     b"GET / HTTP/1.1\r\nHost: 3000-demo.sandbox.localhost\r\n\r\n",

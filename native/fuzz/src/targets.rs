@@ -220,3 +220,13 @@ pub fn http2(input: &[u8]) {
         }
     }
 }
+
+/// An index of a packed image is refused or makes sense.
+pub fn index(input: &[u8]) {
+    sandgate_restore::fuzz::index(input);
+}
+
+/// An image from outside is refused, or becomes plain files within the limit.
+pub fn image(input: &[u8]) {
+    sandgate_restore::fuzz::image(input);
+}

@@ -4,6 +4,7 @@
 //! blocks, uses all processors for work on large files, and leaves no half-written file under its final name.
 
 mod chunk;
+pub mod fuzz;
 mod hash;
 mod pack;
 mod parallel;

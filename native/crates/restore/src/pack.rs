@@ -21,7 +21,7 @@ use crate::{Error, Result, check_name, parallel};
 /// Name of the index in an image's directory.
 pub const INDEX: &str = "index";
 
-const MAGIC: &[u8; 8] = b"sgindex1";
+pub(crate) const MAGIC: &[u8; 8] = b"sgindex1";
 const HASH_BYTES: usize = 32;
 const CHUNK_BYTES_MAX: usize = PAGES_MAX * PAGE_BYTES;
 /// The fastest: what matters is that an image can wake soon, and most of the gain is there already.
@@ -30,9 +30,9 @@ const ZSTD_LEVEL: i32 = 1;
 const INDEX_BYTES_MAX: u64 = 16 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Chunk {
+pub(crate) struct Chunk {
     offset: u64,
-    len: usize,
+    pub(crate) len: usize,
     hash: blake3::Hash,
 }
 
@@ -43,7 +43,7 @@ pub struct Packed {
     pub name: String,
     /// Its bytes.
     pub size: u64,
-    chunks: Vec<Chunk>,
+    pub(crate) chunks: Vec<Chunk>,
 }
 
 /// Store the files of an image as chunks and write its index. Returns the bytes that this added to `chunks`.

@@ -15,7 +15,7 @@ use std::path::Path;
 
 use crate::{Error, Result, check_name};
 
-const MAGIC: &[u8; 8] = b"sgimage1";
+pub(crate) const MAGIC: &[u8; 8] = b"sgimage1";
 const BLOCK_BYTES: usize = 1 << 20;
 const MANIFEST_BYTES_MAX: usize = 64 << 10;
 const FILES_MAX: usize = 16;
