@@ -6,7 +6,6 @@ import io
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,27 +13,11 @@ import httpx
 import pytest
 
 from tests.support.browser import Browser
-from tests.support.server import ROOT, ServerProcess
+from tests.support.server import ROOT
 
 APPLICATION = Path(__file__).parent / "vite"
 MODULES = ROOT / ".build" / "vite" / "node_modules"
 PORT = 5173
-
-
-@pytest.fixture
-def api(server: ServerProcess) -> Iterator[httpx.Client]:
-    headers = {"authorization": f"Bearer {server.api_key}"}
-    with httpx.Client(base_url=server.base_url, headers=headers, timeout=60, trust_env=False) as client:
-        yield client
-
-
-@pytest.fixture
-def sandbox(api: httpx.Client) -> Iterator[str]:
-    made = api.post("/sandboxes", json={"timeout_sec": 600})
-    assert made.status_code == 201, made.text
-    path = f"/sandboxes/{made.json()['id']}"
-    yield path
-    api.delete(path)
 
 
 def archive() -> bytes:

@@ -15,22 +15,6 @@ from websockets.asyncio.client import ClientConnection, connect
 from tests.support.server import ServerProcess
 
 
-@pytest.fixture
-def api(server: ServerProcess) -> Iterator[httpx.Client]:
-    headers = {"authorization": f"Bearer {server.api_key}"}
-    with httpx.Client(base_url=server.base_url, headers=headers, timeout=60) as client:
-        yield client
-
-
-@pytest.fixture
-def sandbox(api: httpx.Client) -> Iterator[str]:
-    made = api.post("/sandboxes", json={"timeout_sec": 900})
-    assert made.status_code == 201, made.text
-    path = f"/sandboxes/{made.json()['id']}"
-    yield path
-    api.delete(path)
-
-
 def test_prefix_may_be_missing_or_repeated(api: httpx.Client, server: ServerProcess, sandbox: str) -> None:
     origin = server.base_url.removesuffix("/api/v1")
     for prefix in ("", "/api/v1", "/api/v1/api/v1"):
