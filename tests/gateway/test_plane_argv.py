@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 
 import pytest
@@ -33,7 +34,7 @@ def test_the_plane_knows_every_flag(settings: Settings) -> None:
 
 def test_settings_become_flags() -> None:
     argv = plane_argv(load(EVERYTHING))
-    pairs = list(zip(argv, argv[1:], strict=False))
+    pairs = list(itertools.pairwise(argv))
     for pair in (
         ("--workers", "3"),
         ("--access-log-share", "0.5"),
