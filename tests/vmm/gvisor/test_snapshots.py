@@ -27,6 +27,8 @@ from vmm.drivers.gvisor.disk import make_disk
 from vmm.drivers.gvisor.driver import GvisorDriver
 from vmm.errors import MachineError
 from vmm.guest import Command
+from vmm.images.manifest import Manifest
+from vmm.images.store import ImageStore
 from vmm.link import Link
 from vmm.templates.store import TemplateStore
 
@@ -260,6 +262,26 @@ async def test_a_connection_attempt_without_an_answer_makes_it_fail_and_harms_no
     assert not list(draft.iterdir())
     assert (await unit.report())["disk"]
     assert await unit.shell("echo fine") == "fine\n"
+
+
+async def test_an_image_that_was_packed_and_sent_restores(rig: Rig, tmp_path: Path) -> None:
+    unit = await rig.writer()
+    here, there = (ImageStore(tmp_path / name, disk_mib_max=1000) for name in ("here", "there"))
+    for store in (here, there):
+        store.load()
+    saved = await rig.driver.save(unit.id, here.draft("one"))
+    here.publish(Manifest("one", unit.token, _SHAPE, saved.template_digest, saved.runtime, created_at=0.0))
+    assert here.pack("one")
+    exported = tmp_path / "exported"
+    exported.touch()
+    here.export("one", exported)
+    there.import_("two", exported)
+    for store, image in ((here, "one"), (there, "two")):
+        with store.open(image) as files:
+            report = await (await rig.restore(files)).report()
+        assert report["disk"]
+        assert report["memory"]
+        assert report["heap"]
 
 
 async def test_many_copies_start_at_once(rig: Rig, draft: Path) -> None:
