@@ -1,6 +1,6 @@
 """The driver for hosts without KVM: each machine is a gVisor sandbox.
 
-A shell is: link and disk from the supplies, `runsc create` (about 100 ms of CPU), a frozen control group. Booting or
+A shell is: link and disk from the supplies, `runsc create` (65 ms of CPU), a frozen control group. Booting or
 restoring it takes two or three calls on its control socket. An end is: kill everything in the machine's control group,
 reap, remove the group and runsc's state. Link and disk go with the sandbox's last process; nothing of them has a name
 that could be left behind.
