@@ -26,6 +26,12 @@ def host_config(settings: Settings) -> HostConfig:
         machines_max=settings.machines_max,
         memory_reserve_mib=settings.memory_reserve_mib,
         disk_reserve_mib=settings.disk_reserve_mib,
+        reclaim_after_s=settings.reclaim_after_s,
+        hibernate_after_s=settings.hibernate_after_s,
+        hibernate_below_mib=settings.hibernate_below_mib,
+        wake_timeout_s=settings.wake_timeout_s,
+        images_mib_max=settings.images_mib_max,
+        pack_after_s=settings.pack_after_s,
         pool=pool_config(settings),
     )
 

@@ -212,6 +212,22 @@ class Settings:
     pool_memory_share: Annotated[
         float, Row("Share of the host's memory that all of these may take.", least=0, most=1)
     ] = 0.25
+    reclaim_after_s: Annotated[
+        float, Row("How long a sandbox is frozen before its memory is given back; its next wake takes longer.", least=0)
+    ] = 10.0
+    hibernate_after_s: Annotated[
+        float, Row("How long a sandbox is frozen before it is written to disk, unless it says otherwise.", least=0)
+    ] = 600.0
+    hibernate_below_mib: Annotated[
+        int, Row("Free memory below which frozen sandboxes are written to disk, the longest frozen first.", least=0)
+    ] = 1024
+    wake_timeout_s: Annotated[float, Row("How long waking a sandbox may take on its host.", least=1)] = 30.0
+    images_mib_max: Annotated[
+        int, Row("What snapshots and sandboxes written to disk may take of it, together.", least=1)
+    ] = 65_536
+    pack_after_s: Annotated[
+        float, Row("How long nobody has needed a snapshot before it is compressed; it is unpacked by itself.", least=0)
+    ] = 3600.0
     address_range: Annotated[
         str, Row("IPv4 network sandboxes get their addresses from; each instance on a host takes a /19 of it.")
     ] = "198.18.0.0/15"

@@ -42,6 +42,7 @@ class HostConfig:
     boot_timeout_s: from the start of a machine to the first answer of its agent.
     shutdown_timeout_s: to end all machines; what is left then is reported and ended at the next start.
     wake_timeout_s: from the request to wake a machine until it runs.
+    reclaim_after_s: how long a machine stays frozen before its memory is given back; its next wake then takes longer.
     hibernate_after_s: how long a machine stays frozen before it is written to disk, unless it says otherwise.
     hibernate_below_mib: with less memory available than this, frozen machines are hibernated, the longest frozen first.
     images_mib_max: what all images may take on the disk; a snapshot above it fails with `no_space`.
@@ -61,6 +62,7 @@ class HostConfig:
     boot_timeout_s: float = 30.0
     shutdown_timeout_s: float = 30.0
     wake_timeout_s: float = 30.0
+    reclaim_after_s: float = 10.0
     hibernate_after_s: float = 600.0
     hibernate_below_mib: int = 1_024
     images_mib_max: int = 65_536

@@ -222,7 +222,7 @@ class Machine:
             return None
         if self._is_to_hibernate or now >= self._hibernate_at():
             return self._body.hibernate
-        if not self._is_reclaimed:
+        if now >= self._reclaim_at():
             self._is_reclaimed = True
             return self._body.reclaim
         return None
@@ -231,7 +231,11 @@ class Machine:
         """Until a timer can be due, None without one. Activity moves the idle timer, so it is looked at again then."""
         record, idle_at = self.record, self._idle_at()
         ends = [record.expires_at or math.inf, idle_at if record.idle_action is IdleAction.DESTROY else math.inf]
-        chores = [self._hibernate_at(), idle_at if record.idle_action is IdleAction.PAUSE else math.inf]
+        chores = [
+            self._reclaim_at(),
+            self._hibernate_at(),
+            idle_at if record.idle_action is IdleAction.PAUSE else math.inf,
+        ]
         first = min(*ends, max(min(chores), self._chores_at))
         return None if first == math.inf else max(0.0, first - time.time())
 
@@ -240,6 +244,12 @@ class Machine:
         if record.state is not MachineState.RUNNING or record.idle_timeout_s is None:
             return math.inf
         return (time.time() if self.busy else record.last_active_at) + record.idle_timeout_s
+
+    def _reclaim_at(self) -> float:
+        record = self.record
+        if record.state is not MachineState.FROZEN or self._is_reclaimed:
+            return math.inf
+        return (record.frozen_at or 0.0) + self._config.reclaim_after_s
 
     def _hibernate_at(self) -> float:
         record = self.record
