@@ -69,8 +69,8 @@ class Bar:
 class Case:
     """One kind of load. unit: what per-core figures count. arguments: the load generator's, connection aside.
 
-    host: asked instead of the sandboxes'. is_held: nothing is timed; the proxy's memory is looked at while the load's
-    connections are open.
+    host: asked instead of the sandboxes'. is_held: nothing is timed; the memory of a fresh proxy is looked at while the
+    load's connections are open.
     """
 
     name: str
@@ -246,11 +246,11 @@ CASES = (
     ),
     Case(
         name="sse-stalled",
-        about="500 subscribers, 20 events of 8 KB a second, with and without ten more subscribers that never read.",
-        arguments=("sse", "--path", "/events", "--subscribers", "500"),
+        about="200 subscribers, 100 events of 2 KB a second, with and without ten more subscribers that never read.",
+        arguments=("sse", "--path", "/events", "--subscribers", "200"),
         subjects=(
-            Subject("plane", peers.plane(), background=to_plane(20, 8192)),
-            Subject("plane, stalled", peers.plane(), background=to_plane(20, 8192), arguments=("--stalled", "10")),
+            Subject("plane", peers.plane(), background=to_plane(100, 2048)),
+            Subject("plane, stalled", peers.plane(), background=to_plane(100, 2048), arguments=("--stalled", "10")),
         ),
         bars=(
             Bar("p99", "plane, stalled", "plane", at_most=1.1),

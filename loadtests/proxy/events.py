@@ -39,10 +39,14 @@ def data(data_bytes: int) -> str:
 
 
 class Log:
-    """The API's side of the plane's event streams (docs/protocol.md, "Streams"): a log without a past."""
+    """The API's side of the plane's event streams (docs/protocol.md, "Streams"): a log without a past.
 
-    def __init__(self) -> None:
-        self.seq = 0
+    after: where the plane wants it to go on; none for a plane that knows no log yet.
+    """
+
+    def __init__(self, after: int | None) -> None:
+        self.seq = after or 0
+        self._is_new = after is None
 
     @contextlib.asynccontextmanager
     async def answering(self, path: Path) -> AsyncIterator[None]:
@@ -67,23 +71,14 @@ class Log:
             for writer in connections:
                 writer.close()
 
-    async def publish(self, api: control.Control, events: list[str]) -> None:
-        """Append frames to the log and have the plane deliver them."""
+    async def publish(self, api: control.Control, frame: str) -> None:
+        """Append an event to the log and have the plane deliver it."""
         after = self.seq
-        records = []
-        for frame in events:
-            self.seq += 1
-            records.append(
-                {
-                    "seq": self.seq,
-                    "topic": TOPIC,
-                    "type": "bench",
-                    "resource_type": "bench",
-                    "resource_id": "bench",
-                    "frame": frame,
-                }
-            )
-        await api.tell({"t": "publish", "after": after, "through": self.seq, "start": after == 0, "events": records})
+        self.seq += 1
+        words = dict.fromkeys(("topic", "type", "resource_type", "resource_id"), TOPIC)
+        records = [{"seq": self.seq, **words, "frame": frame}]
+        is_start, self._is_new = self._is_new, False
+        await api.tell({"t": "publish", "after": after, "through": self.seq, "start": is_start, "events": records})
 
 
 def to_plane(events_per_s: float, data_bytes: int) -> Background:
@@ -94,15 +89,14 @@ def to_plane(events_per_s: float, data_bytes: int) -> Background:
         del site
         assert endpoint.control is not None
         assert endpoint.api is not None
-        log = Log()
-        async with log.answering(endpoint.api), control.connected(endpoint.control) as api:
+        async with control.connected(endpoint.control) as api:
             await api.tell({"t": "volunteer"})
-            await api.hear("tail")
+            log = Log((await api.hear("tail"))["after"])
 
             async def publish() -> None:
-                await log.publish(api, [f"id: {log.seq + 1}\nevent: bench\ndata: {data(data_bytes)}\n\n"])
+                await log.publish(api, f"id: {log.seq + 1}\nevent: bench\ndata: {data(data_bytes)}\n\n")
 
-            async with _steadily(publish, events_per_s) as figures:
+            async with log.answering(endpoint.api), _steadily(publish, events_per_s) as figures:
                 yield figures
 
     return background

@@ -134,12 +134,19 @@ async def compare(case: Case, sites: Callable[[int], Site], plan: Plan, say: Cal
     missing = [subject.label for subject in case.subjects if subject not in present]
     runs: dict[str, list[Run]] = {subject.label: [] for subject in present}
     async with contextlib.AsyncExitStack() as stack:
-        started = [(each, site, await stack.enter_async_context(each.start(site)))
-                   for each in present for site in [sites(each.routes)]]  # fmt: skip
+        endpoints: dict[str, Endpoint] = {}
+        if not case.is_held:
+            for each in present:
+                endpoints[each.label] = await stack.enter_async_context(each.start(sites(each.routes)))
         for number in range(plan.pairs):
             async with _locked(plan.lock):
-                for subject, site, endpoint in started if number % 2 == 0 else reversed(started):
-                    run = await _run(case, subject, site, endpoint, plan)
+                for subject in present if number % 2 == 0 else reversed(present):
+                    site = sites(subject.routes)
+                    if case.is_held:
+                        async with subject.start(site) as fresh:
+                            run = await _run(case, subject, site, fresh, plan)
+                    else:
+                        run = await _run(case, subject, site, endpoints[subject.label], plan)
                     runs[subject.label].append(run)
                     say(f"  {number + 1}/{plan.pairs} {subject.label}: {_line(case, run)}")
     return Result(case, runs, missing)

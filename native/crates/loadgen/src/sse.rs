@@ -20,8 +20,10 @@ use crate::target::Target;
 use crate::usage::{Usage, Watched};
 
 const READ_BYTES: usize = 64 * 1024;
-/// Room of a socket that nobody reads: little, or the kernel would hide the stall for long.
+/// Room and segments of a socket that nobody reads. Little of both: the server's kernel keeps room for several segments
+/// of its own, which over loopback have 64 KB, and would hide the stall for long.
 const STALLED_RECEIVE_BYTES: usize = 4096;
+const STALLED_SEGMENT_BYTES: u32 = 536;
 /// Subscriptions under way at once: who floods a server measures its queue of connections.
 const PENDING_MAX: usize = 128;
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -60,9 +62,8 @@ enum Coming {
 pub fn run(options: &Options) -> io::Result<()> {
     let request = options.target.request(&options.target.hosts()?[0], &["Accept: text/event-stream"]);
     let mut epoll = Epoll::new()?;
-    let stalled: Vec<TcpStream> = (0..options.stalled)
-        .map(|_| subscribe(options, &request, Some(STALLED_RECEIVE_BYTES)))
-        .collect::<Result<_, _>>()?;
+    let stalled: Vec<TcpStream> =
+        (0..options.stalled).map(|_| subscribe(options, &request, true)).collect::<Result<_, _>>()?;
     let mut run = Run {
         subscribers: Vec::with_capacity(options.subscribers),
         histogram: Histogram::new(),
@@ -76,7 +77,7 @@ pub fn run(options: &Options) -> io::Result<()> {
     let patience = Instant::now() + PATIENCE;
     let is_late = || Instant::now() > patience;
     for token in 0..options.subscribers {
-        let socket = subscribe(options, &request, None)?;
+        let socket = subscribe(options, &request, false)?;
         epoll.add(&socket, token, false)?;
         run.subscribers.push(Subscriber { socket, inbox: Vec::new(), coming: Coming::Head });
         run.turn(&mut epoll, |run| run.pending() < PENDING_MAX || is_late(), patience)?;
@@ -92,12 +93,13 @@ pub fn run(options: &Options) -> io::Result<()> {
     Ok(())
 }
 
-/// A subscription. `receive_bytes`: room of the socket, if it is to have little.
-fn subscribe(options: &Options, request: &[u8], receive_bytes: Option<usize>) -> io::Result<TcpStream> {
+/// A subscription; one that is to be stalled soon fills up.
+fn subscribe(options: &Options, request: &[u8], is_stalled: bool) -> io::Result<TcpStream> {
     let address = options.target.connect;
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    if let Some(bytes) = receive_bytes {
-        socket.set_recv_buffer_size(bytes)?;
+    if is_stalled {
+        socket.set_recv_buffer_size(STALLED_RECEIVE_BYTES)?;
+        socket.set_tcp_mss(STALLED_SEGMENT_BYTES)?;
     }
     socket.connect_timeout(&address.into(), PATIENCE)?;
     let mut socket = TcpStream::from(socket);
