@@ -60,7 +60,7 @@ class CreationService:
         origin = await self._origin(principal, command)
         wanted = plan(principal, command, context.settings, origin=origin, now=context.clock())
         existing = await context.database.lookup(lambda connection: self._look(connection, wanted))
-        if existing is not None:
+        if existing is not None and not _may_try_again(existing, wanted):
             return await self._resume(owned(existing, principal))
         booting = asyncio.ensure_future(self._boot(wanted))
         try:
@@ -82,35 +82,34 @@ class CreationService:
         return await self.finish(sandbox) if sandbox.state is SandboxState.PROVISIONING else sandbox
 
     def _look(self, connection: sa.Connection, wanted: Sandbox) -> Sandbox | None:
-        """What an earlier attempt left. Raises what `insert` would: a machine need not be started to find that out."""
-        existing = rows.get(connection, wanted.id)
-        if existing is not None and not _may_try_again(existing, wanted):
-            return existing
-        self._check(connection, wanted)
-        return None
+        """What an earlier attempt left: its sandbox, which stands, or one that failed and may be tried again.
 
-    def insert(self, connection: sa.Connection, wanted: Sandbox, *, version: int | None = None) -> Sandbox:
-        """Add a row, or find what an earlier attempt left. Raises name_taken, conflict (slug), quota_exceeded."""
-        existing = rows.get(connection, wanted.id)
-        if existing is not None and not _may_try_again(existing, wanted):
-            return existing
-        self._check(connection, wanted)
-        if existing is not None:
-            # It failed before; nothing of it is left, so the same command may try once more.
-            rows.delete(connection, existing.id)
-        rows.insert(connection, wanted, version=version)
-        sandbox_event(connection, "created", wanted, at=wanted.created_at, template=wanted.template, **_lineage(wanted))
-        return wanted
-
-    def _check(self, connection: sa.Connection, wanted: Sandbox) -> None:
-        limit = self._context.settings.sandboxes_per_workspace
+        Raises name_taken, conflict (slug), quota_exceeded if nothing stands and nothing new may.
+        """
         room = rows.room(connection, wanted)
+        existing = rows.get(connection, wanted.id) if room.is_id_taken else None
+        if existing is not None and not _may_try_again(existing, wanted):
+            return existing
+        limit = self._context.settings.sandboxes_per_workspace
         if room.living >= limit:
             raise GatewayError("quota_exceeded", f"The workspace already has {limit} sandboxes.", retry_after_s=30)
         if room.is_name_taken:
             raise GatewayError("name_taken", f"Another sandbox is named {wanted.name!r}.")
         if room.is_slug_taken:
             raise GatewayError("conflict", f"The slug {wanted.slug!r} is in use.")
+        return existing
+
+    def insert(self, connection: sa.Connection, wanted: Sandbox, *, version: int | None = None) -> Sandbox:
+        """Add a row, or find what an earlier attempt left. Raises what `_look` raises."""
+        existing = self._look(connection, wanted)
+        if existing is not None:
+            if not _may_try_again(existing, wanted):
+                return existing
+            # It failed before; nothing of it is left, so the same command may try once more.
+            rows.delete(connection, existing.id)
+        rows.insert(connection, wanted, version=version)
+        sandbox_event(connection, "created", wanted, at=wanted.created_at, template=wanted.template, **_lineage(wanted))
+        return wanted
 
     async def _boot(self, sandbox: Sandbox) -> MachineInfo:
         deadline = None if sandbox.image_id is None else time.monotonic() + _RESTORE_S

@@ -44,16 +44,18 @@ _ROOM = sa.select(
         IS_LIVING,
     ),
     sa.exists().where(sandboxes.c.slug == sa.bindparam("slug"), sandboxes.c.id != sa.bindparam("but"), IS_LIVING),
+    sa.exists().where(sandboxes.c.id == sa.bindparam("but")),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How many living sandboxes a workspace has, and whether one of them has the name, or any at all the slug."""
+    """How many living sandboxes a workspace has, whether one of them has the name, or any at all the slug or the id."""
 
     living: int
     is_name_taken: bool
     is_slug_taken: bool
+    is_id_taken: bool
 
 
 @dataclass(frozen=True, slots=True)
