@@ -13,7 +13,7 @@ import pytest
 from previews.plane import PlaneClient
 from previews.routes import PortRoute
 from tests.previews.conftest import StartPlane
-from tests.previews.harness import PATIENCE_S, Exchange, Plane, describe, eventually, host, tcp_upstream
+from tests.previews.harness import PATIENCE_S, Exchange, Plane, describe, eventually, host, sandbox_id, tcp_upstream
 from tests.previews.http2 import http2_client, pseudo
 from tests.support.certificates import Authority
 
@@ -143,6 +143,34 @@ async def test_a_successor_that_comes_to_nothing_changes_nothing(plane: Plane, s
         await plane.kill()
         await plane.start()
         assert (await plane.request("GET", name)).status == 401
+
+
+async def test_traffic_at_the_one_before_is_activity_still(run_dir: Path, plane: Plane) -> None:
+    async def echo(exchange: Exchange) -> None:
+        await exchange.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+        while data := await exchange.reader.read(100):
+            await exchange.send(data)
+
+    active: list[str] = []
+    await plane.control.close()
+    path = str(plane.control_socket)
+    async with tcp_upstream(echo) as upstream, PlaneClient(path, on_activity=active.extend) as plane.control:
+        await plane.control.wait_connected(PATIENCE_S)
+        name = await plane.open(upstream.port)
+        async with plane.client() as tunnel:
+            await tunnel.send(f"GET / HTTP/1.1\r\nHost: {name}\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+            assert (await tunnel.head()).status == 101
+            await eventually(lambda: sandbox_id("demo") in active, "the tunnel counts")
+            after = Plane(run_dir)
+            await after.start("--take-over")
+            try:
+                await eventually(lambda: plane.control.is_connected, "the client finds the successor")
+                active.clear()
+                await tunnel.send("still here")
+                assert await tunnel.reader.readexactly(10) == b"still here"
+                await eventually(lambda: sandbox_id("demo") in active, "the tunnel counts still")
+            finally:
+                await after.stop()
 
 
 async def test_without_a_predecessor_it_just_starts(run_dir: Path) -> None:

@@ -33,6 +33,8 @@ const OUTBOX_LINES_MAX: usize = 4096;
 const ACTIVITY_IDS_MAX: usize = 10_000;
 /// How often the routes file of a successor is looked at.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(100);
+/// How often activity is reported.
+const ACTIVITY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The control socket's state; lives on the control thread.
 pub struct Control {
@@ -162,7 +164,7 @@ impl Control {
 
     /// Once a second: reports activity, forgets old tombstones, keeps the journal short.
     pub async fn housekeeping(self: Rc<Self>) {
-        let mut interval = tokio::time::interval(Duration::from_secs(1));
+        let mut interval = tokio::time::interval(ACTIVITY_INTERVAL);
         let mut forgotten_at = now_s();
         loop {
             interval.tick().await;
@@ -191,14 +193,18 @@ impl Control {
         if self.outboxes.borrow().is_empty() {
             return;
         }
-        let ids = self.table.take_active();
-        for batch in ids.chunks(ACTIVITY_IDS_MAX) {
-            let line = json!({"t": "activity", "ids": batch}).to_string();
+        for line in self.activity() {
             let outboxes = self.outboxes.borrow();
             if !outboxes.iter().any(|outbox| outbox.lines.try_send(line.clone()).is_ok()) {
                 crate::log::warning("activity lost", &"no control connection takes it");
             }
         }
+    }
+
+    /// Who had traffic since the last call, as messages.
+    fn activity(&self) -> Vec<String> {
+        let ids = self.table.take_active();
+        ids.chunks(ACTIVITY_IDS_MAX).map(|batch| json!({"t": "activity", "ids": batch}).to_string()).collect()
     }
 
     async fn connection(&self, stream: UnixStream) {
@@ -280,11 +286,20 @@ impl Control {
     }
 
     /// Follows what the successor is told, for as long as connections of ours last: a revocation counts for them too.
+    /// And tells it of their traffic, or a sandbox that only they use would be taken for idle.
     pub async fn follow(self: Rc<Self>) {
         let mut follower = Follower::new(&self.paths.routes);
+        let mut told = Instant::now();
         loop {
             if let Err(error) = follower.read(&self.table, now_s()) {
                 crate::log::warning("cannot follow the routes file", &error);
+            }
+            if told.elapsed() >= ACTIVITY_INTERVAL {
+                told = Instant::now();
+                for line in self.activity() {
+                    // The next traffic is news again.
+                    wake::relay(&self.paths.socket, &line).await;
+                }
             }
             tokio::time::sleep(FOLLOW_INTERVAL).await;
         }
@@ -335,6 +350,12 @@ impl Control {
                     let _ = self.knocks.send(id.into());
                 }
             }
+            Body::Activity { ids } => {
+                self.is_no_api(connection);
+                for sandbox in ids.iter().filter_map(|id| self.table.get(id)) {
+                    sandbox.touch();
+                }
+            }
             Body::Routes { after } => {
                 self.is_no_api(connection);
                 let page = operator::routes(&self.table, after.as_deref());
@@ -381,7 +402,7 @@ impl Control {
     /// Asks a connection to wake a sandbox, the one after `last` if there are several. None if nobody takes it.
     pub async fn ask_to_wake(&self, id: &str, last: Option<u64>) -> Option<u64> {
         if *self.drain.borrow() == Drain::HandedOver {
-            return wake::relay(&self.paths.socket, id).await.then_some(0);
+            return wake::relay(&self.paths.socket, &wake::line(id)).await.then_some(0);
         }
         let line = wake::line(id);
         let outboxes = self.outboxes.borrow();

@@ -92,6 +92,11 @@ pub enum Body {
         /// The events in it.
         events: Vec<event::Record>,
     },
+    /// From a predecessor that has handed over: sandboxes with traffic there.
+    Activity {
+        /// Their ids.
+        ids: Vec<String>,
+    },
     /// Asks for figures.
     Stats,
     /// An operator asks for a page of the table.
@@ -283,6 +288,7 @@ pub fn apply(body: Body, line: &str, table: &Table, sync: &mut Option<Seen>, now
         },
         Body::Poke { .. }
         | Body::Wake { .. }
+        | Body::Activity { .. }
         | Body::Stats
         | Body::Routes { .. }
         | Body::Connections

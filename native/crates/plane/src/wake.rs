@@ -152,11 +152,11 @@ pub fn line(id: &str) -> String {
     json!({"t": "wake", "id": id}).to_string()
 }
 
-/// Passes a wish on to the successor at its control socket. Whether it took it.
-pub async fn relay(socket: &Path, id: &str) -> bool {
+/// Tells the successor at its control socket something. Whether it took it.
+pub async fn relay(socket: &Path, line: &str) -> bool {
     let send = async {
         let mut stream = UnixStream::connect(socket).await?;
-        stream.write_all(format!("{}\n", line(id)).as_bytes()).await?;
+        stream.write_all(format!("{line}\n").as_bytes()).await?;
         stream.shutdown().await?;
         // It closes once it has read the line.
         stream.read_to_end(&mut Vec::new()).await.map(drop)
