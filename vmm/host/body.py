@@ -246,8 +246,10 @@ class Body:
         try:
             await (driver.freeze if is_frozen else driver.thaw)(record.unit)
         except MachineError as error:
+            # It runs or it has ended, which `wait` will tell: no reason to give up the only copy.
             logger.warning("machine %s cannot be brought to where it was: %s", record.id, explain(error))
-            return False
+            is_frozen = False
+            self._retreat(state=MachineState.RUNNING, frozen_at=None)
         origin = record.origin or Origin.COLD
         self._take(self._parts.units.join(record.unit, record.token, record.placement, origin, is_held=is_frozen))
         return True
