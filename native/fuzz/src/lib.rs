@@ -14,7 +14,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 11] = [
     Target { name: "request", check: targets::request, seeds: seeds::REQUESTS },
     Target { name: "response", check: targets::response, seeds: seeds::RESPONSES },
     Target { name: "body", check: targets::body, seeds: seeds::BODIES },
@@ -22,6 +22,7 @@ pub const TARGETS: [Target; 10] = [
     Target { name: "control", check: targets::control, seeds: seeds::CONTROLS },
     Target { name: "frame", check: targets::frame, seeds: seeds::FRAMES },
     Target { name: "streams", check: targets::streams, seeds: seeds::STREAMS },
+    Target { name: "output", check: targets::output, seeds: seeds::OUTPUTS },
     Target { name: "http2", check: targets::http2, seeds: seeds::REQUESTS },
     Target { name: "index", check: targets::index, seeds: seeds::INDEXES },
     Target { name: "image", check: targets::image, seeds: seeds::IMAGES },

@@ -65,6 +65,13 @@ pub const STREAMS: &[&[u8]] = &[
     b"{\"t\":\"volunteer\"}\n: open\n\n00000000000000000042",
 ];
 
+/// Output, each after a byte that says where it is cut, and an order for it.
+pub const OUTPUTS: &[&[u8]] = &[
+    b"\x03one\ntw\xc3\xa9\r\n\xe2\x82\xac\xff\x1b[0m\"\\\0",
+    b"\x00\xf0\x9f\x8e\x89\xed\xa0\x80\n\n\xe2\x82",
+    br#"{"op":{"op":"attach","pid":7,"to":"x"},"kills":false,"opening":"","heartbeat":"","stdout":["a","b"],"stderr":["a","b"],"exit":"$exit_code","error":"$code","refusal":"$message","errors":{"internal":{"status":500,"code":"x","message":null}}}"#,
+];
+
 /// Frames, each after a byte that says where they are cut.
 pub const FRAMES: &[&[u8]] = &[
     b"\x05\x02\0\0\0\x02\0\0\0\x01\0\0\0{}",

@@ -12,7 +12,10 @@ use sandgate_plane::message::{self, Message};
 use sandgate_plane::policy::{Policy, Visit};
 use sandgate_plane::streams::backlog::{CURSOR_BYTES, Withheld};
 use sandgate_plane::streams::event::Batch;
+use sandgate_plane::streams::lines::Lines;
+use sandgate_plane::streams::machine::Trouble;
 use sandgate_plane::streams::order::{self, Order};
+use sandgate_plane::streams::output::Wanted;
 use sandgate_plane::table::Table;
 use sandgate_plane::trust;
 
@@ -190,6 +193,32 @@ pub fn streams(input: &[u8]) {
     if let Some(cursor) = withheld.cursor() {
         assert!(input.ends_with(format!("{cursor:020}").as_bytes()));
     }
+}
+
+/// Output becomes the same lines however its bytes are cut, each a JSON string of what was written; an order reads or not.
+pub fn output(input: &[u8]) {
+    let _ = serde_json::from_slice::<Wanted>(input);
+    let _ = Trouble::of(input);
+    let Some((&cut, bytes)) = input.split_first() else { return };
+    let whole = lines(&[bytes]);
+    let pieces: Vec<&[u8]> = bytes.chunks(usize::from(cut) + 1).collect();
+    assert_eq!(whole, lines(&pieces));
+    let written: String = whole.iter().map(|line| serde_json::from_str::<String>(line).expect("JSON")).collect();
+    assert_eq!(written, String::from_utf8_lossy(bytes));
+    let (last, others) = whole.split_last().map_or((None, &[][..]), |(last, others)| (Some(last), others));
+    assert!(others.iter().all(|line| line.ends_with("\\n\"")) && last.is_none_or(|line| line.len() > 2));
+}
+
+/// The lines of output that comes in pieces, as JSON strings.
+fn lines(pieces: &[&[u8]]) -> Vec<String> {
+    // No line holds a line break itself.
+    let mut lines = Lines::new(("\"".into(), "\"\n".into()));
+    let mut out = Vec::new();
+    for piece in pieces {
+        lines.feed(piece, &mut out);
+    }
+    lines.flush(true, &mut out);
+    String::from_utf8(out).expect("UTF-8").lines().map(str::to_owned).collect()
 }
 
 /// Frames decode the same however they are cut, and encode to the bytes they came from.
