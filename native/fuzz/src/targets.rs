@@ -15,7 +15,7 @@ use sandgate_plane::streams::event::Batch;
 use sandgate_plane::streams::lines::Lines;
 use sandgate_plane::streams::machine::Trouble;
 use sandgate_plane::streams::order::{self, Order};
-use sandgate_plane::streams::output::Wanted;
+use sandgate_plane::streams::wanted::Wanted;
 use sandgate_plane::table::Table;
 use sandgate_plane::trust;
 

@@ -7,40 +7,33 @@
 //!
 //! Both run at once in one task. The exchange ends with the download; what of the upload is left then is not sent.
 
+mod ordered;
+
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::pin;
 use std::task::Poll;
 
-use http::StatusCode;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpSocket, UnixStream};
 
 use crate::buf::{HeadBuf, Inbox};
 use crate::compose::{self, Reply};
-use crate::config::duration;
 use crate::failure::{Code, Failure};
-use crate::http::body::{Body, Piece};
-use crate::http::fields::{Field, Name};
+use crate::http::body::Body;
 use crate::http::response::{self, Response};
 use crate::http::{Framing, find_end};
 use crate::net::{Shared, Upstream, write_both};
 use crate::prepare::Forward;
 use crate::pump::{Flow, PumpError, pump};
-use crate::streams::backlog;
-use crate::streams::counters::OpenOutput;
 use crate::streams::hub::Joining;
-use crate::streams::order::{self, Order, Selection};
-use crate::streams::output::{Output, Refusal, Wanted};
+use crate::streams::order::Order;
 use crate::watch::{Phase, Watch};
 use crate::worker::Worker;
 
 /// Interim responses before the final one; more are not meant well.
 const INTERIM_MAX: u32 = 16;
-
-/// Largest body of an order; what it orders has to fit into a frame.
-const ORDER_BYTES_MAX: usize = 8 * 1024 * 1024;
 
 /// How an exchange ended.
 pub enum Done {
@@ -383,16 +376,6 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
         }
     }
 
-    /// What the API orders, if it does: only it can. An answer to `HEAD` has nothing to follow.
-    fn order(&self, head: &[u8], fields: &[Field], response: &Response) -> Result<Option<Order>, ()> {
-        if self.forward.address.is_some() || response.framing != Framing::Chunked {
-            return Ok(None);
-        }
-        order::find(head, fields).transpose().map_err(|error| {
-            crate::log::warning("an order of the API is no good", &error);
-        })
-    }
-
     async fn send(&self, head: &[u8]) -> Result<(), Broken> {
         let mut writer = self.client;
         write_both(&mut writer, head, &[], || ()).await.map_err(|_| Broken::Aborted)
@@ -412,115 +395,6 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
             is_unchunked,
             has_sent: &self.watch.is_answering,
         }
-    }
-
-    /// Has the process's output flow, or tells why it cannot. `head` is the API's, `out` the client's.
-    async fn pass_output(
-        &self,
-        head: Vec<u8>,
-        out: &[u8],
-        response: Response,
-        answer: Reply<'_>,
-        mut reply: Inbox,
-    ) -> Result<Answered, Broken> {
-        self.watch.down.clear();
-        let mut body = Body::new(response.framing);
-        let wanted = self.read_order(&mut body, &mut reply).await?;
-        let config = &self.worker.config;
-        let socket = config.hostd_path();
-        let Reply { is_keep_alive, is_switch, .. } = answer;
-        let output = match Output::start(&socket, wanted).await {
-            Ok(output) => output,
-            Err(refusal) => return self.refuse_output(&head, &refusal, reply).await,
-        };
-        self.watch.is_answering.set(true);
-        let counters = &self.worker.counters.streams;
-        let _open = OpenOutput::new(counters);
-        let flow = Flow { count: &counters.output_bytes, ..self.flow_down(answer.is_unchunked) };
-        let heartbeat = duration(config.limits.stream_heartbeat_s);
-        let mut writer = self.client;
-        let relayed = output.relay(&socket, &flow, out, &mut writer, heartbeat).await;
-        relayed.map_err(|_| Broken::Aborted)?;
-        Ok(Answered { response, reply, is_keep_alive, is_switch, joining: None })
-    }
-
-    /// Reads the body of an order.
-    async fn read_order(&self, body: &mut Body, reply: &mut Inbox) -> Result<Wanted, Broken> {
-        let broken = || self.broken(Code::UpstreamBroke.into());
-        let mut text = Vec::new();
-        loop {
-            let count = match body.next(reply.data()).map_err(|_| broken())? {
-                Piece::Content(count) => {
-                    text.extend_from_slice(&reply.data()[..count]);
-                    count
-                }
-                Piece::Framing(count) | Piece::Trailers(count) => count,
-                Piece::End => break,
-                Piece::More => {
-                    let mut reader = &self.upstream;
-                    match reply.fill(&mut reader).await {
-                        Ok(0) | Err(_) => return Err(broken()),
-                        Ok(_) if text.len() > ORDER_BYTES_MAX => return Err(broken()),
-                        Ok(_) => 0,
-                    }
-                }
-            };
-            reply.consume(count);
-        }
-        serde_json::from_slice(&text).map_err(|error| {
-            crate::log::warning("an order of the API is no good", &error);
-            broken()
-        })
-    }
-
-    /// Answers with an error in the API's words, as if the API itself had.
-    async fn refuse_output(&self, head: &[u8], refusal: &Refusal, reply: Inbox) -> Result<Answered, Broken> {
-        let head = self.error_head(head, refusal)?;
-        let mut out = HeadBuf::take();
-        let (response, answer, _) = self.compose(&head, &mut out)?;
-        self.watch.is_answering.set(true);
-        out.0.extend_from_slice(&refusal.body);
-        self.send(&out.0).await?;
-        let Reply { is_keep_alive, is_switch, .. } = answer;
-        Ok(Answered { response, reply, is_keep_alive, is_switch, joining: None })
-    }
-
-    /// The API's head with another status and type of content.
-    fn error_head(&self, head: &[u8], refusal: &Refusal) -> Result<Vec<u8>, Broken> {
-        let mut fields = self.worker.fields.take();
-        let parsed = response::parse(head, false, &mut fields);
-        let status = StatusCode::from_u16(refusal.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let reason = status.canonical_reason().unwrap_or_default();
-        let length = refusal.body.len();
-        let mut out = format!("HTTP/1.1 {} {reason}\r\nContent-Length: {length}\r\n", status.as_str()).into_bytes();
-        out.extend_from_slice(b"Content-Type: application/json\r\n");
-        for field in &fields {
-            let is_replaced = matches!(field.name, Name::ContentLength | Name::TransferEncoding | Name::Private)
-                || field.name(head).eq_ignore_ascii_case(b"content-type");
-            if !is_replaced {
-                out.extend_from_slice(field.line(head));
-            }
-        }
-        out.extend_from_slice(b"\r\n");
-        self.worker.fields.replace(fields);
-        parsed.map(|_| out).map_err(|_| self.broken(Code::UpstreamBroke.into()))
-    }
-
-    async fn pass_backlog(
-        &self,
-        selection: Selection,
-        response: &Response,
-        answer: Reply<'_>,
-        head: &[u8],
-        reply: &mut Inbox,
-    ) -> Result<Box<Joining>, Broken> {
-        let is_unchunked = answer.is_unchunked;
-        let flow = self.flow_down(is_unchunked);
-        let mut body = Body::new(response.framing);
-        let (mut reader, mut writer) = (&self.upstream, self.client);
-        let passed = backlog::pass(&flow, head, &mut body, reply, &mut reader, &mut writer).await;
-        let cursor = passed.map_err(|_| Broken::Aborted)?;
-        Ok(Box::new(Joining { selection, cursor, is_unchunked }))
     }
 
     async fn pass_body(

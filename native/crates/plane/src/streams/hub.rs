@@ -65,8 +65,8 @@ fn join<G: 'static>(worker: &Rc<Worker>, transport: Box<dyn Transport>, joining:
         let end = std::future::poll_fn(|cx| subscriber.poll_end(cx, worker.now_ms())).await;
         subscriber.finish(end);
         worker.hub.has_leavers.set(true);
-        worker.counters.streams.subscribers.sub(1);
         worker.counters.streams.ended(end);
+        worker.counters.streams.subscribers.sub(1);
         if matches!(end, End::Behind | End::Revoked | End::Drain) {
             // In a box: it needs room for a timer, of which there may otherwise be very many.
             let _ = Box::pin(timeout(GOODBYE, subscriber.say_goodbye())).await;
@@ -185,8 +185,8 @@ async fn deliver(worker: &Worker, first: &Batch, batches: &mut broadcast::Receiv
             let now_ms = worker.now_ms();
             let count = subscriber.offer(events.iter(), through, now_ms);
             if count > 0 {
-                subscriber.push(now_ms);
                 worker.counters.streams.events.add(count as u64);
+                subscriber.push(now_ms);
             }
             if subscriber.waiting() > waiting_max {
                 subscriber.finish(End::Slow);

@@ -10,6 +10,7 @@
 //! ```
 
 pub mod backlog;
+pub mod chunk;
 pub mod counters;
 pub mod event;
 pub mod hub;
@@ -20,4 +21,5 @@ pub mod output;
 pub mod pattern;
 pub mod subscriber;
 pub mod tail;
+pub mod wanted;
 pub mod window;

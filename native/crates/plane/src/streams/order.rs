@@ -17,7 +17,7 @@ const HEADER: &[u8] = b"x-sandgate-stream";
 pub enum Order {
     /// Events after the backlog that is the body of the answer.
     Events(Selection),
-    /// A process's output; the body says which and how ([`super::output::Wanted`]).
+    /// A process's output; the body says which and how ([`super::wanted::Wanted`]).
     Output,
 }
 

@@ -9,20 +9,20 @@
 //! The process is started once, however often the operation had to be sent: the agent knows it by its id. A slow client
 //! holds up its own process, by credit, and nobody else.
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::pin::Pin;
 use std::task::{Poll, ready};
 use std::time::{Duration, Instant};
 
 use sandgate_frame::{CHANNEL_PTY, CHANNEL_STDERR, CHANNEL_STDOUT, Kind};
-use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 use tokio::io::AsyncWrite;
 use tokio::time::timeout;
 
-use super::lines::{Lines, fill};
+use super::chunk::Chunk;
+use super::lines::Lines;
 use super::machine::{Link, Trouble};
+use super::wanted::{Refusal, Wanted};
 use crate::pump::{Flow, PumpError};
 
 /// Output without a line end is passed on after this pause, so that a progress bar moves.
@@ -36,86 +36,6 @@ const DELAY_MAX: Duration = Duration::from_millis(500);
 /// credit of two channels never comes.
 const OUT_BYTES: usize = 256 * 1024;
 const BUFFERED_MAX: usize = 3 * 1024 * 1024;
-/// The signals of Linux by number.
-const SIGNALS: [&str; 32] = [
-    "",
-    "SIGHUP",
-    "SIGINT",
-    "SIGQUIT",
-    "SIGILL",
-    "SIGTRAP",
-    "SIGABRT",
-    "SIGBUS",
-    "SIGFPE",
-    "SIGKILL",
-    "SIGUSR1",
-    "SIGSEGV",
-    "SIGUSR2",
-    "SIGPIPE",
-    "SIGALRM",
-    "SIGTERM",
-    "SIGSTKFLT",
-    "SIGCHLD",
-    "SIGCONT",
-    "SIGSTOP",
-    "SIGTSTP",
-    "SIGTTIN",
-    "SIGTTOU",
-    "SIGURG",
-    "SIGXCPU",
-    "SIGXFSZ",
-    "SIGVTALRM",
-    "SIGPROF",
-    "SIGWINCH",
-    "SIGIO",
-    "SIGPWR",
-    "SIGSYS",
-];
-
-/// What the API wants of a process, and in which words.
-#[derive(Debug, Deserialize)]
-pub struct Wanted {
-    /// The operation that starts the process or attaches to it.
-    op: Map<String, Value>,
-    /// Whether a client that leaves takes the process along.
-    kills: bool,
-    /// Before the first frame.
-    opening: String,
-    /// In pauses.
-    heartbeat: String,
-    /// What stands around a line of each channel.
-    stdout: (Box<str>, Box<str>),
-    stderr: (Box<str>, Box<str>),
-    /// The last frame of a process that ended, and of a stream that failed.
-    exit: String,
-    error: String,
-    /// The body of an answer that could not begin.
-    refusal: String,
-    /// The API's words for the codes of hostd and the agent; `internal` for all others.
-    errors: HashMap<String, Spelling>,
-}
-
-/// How the API spells an error.
-#[derive(Clone, Debug, Deserialize)]
-struct Spelling {
-    status: u16,
-    code: String,
-    /// Instead of what was said.
-    message: Option<String>,
-    /// Whether the cause is told.
-    #[serde(default)]
-    with_cause: bool,
-}
-
-/// An answer instead of a stream.
-#[derive(Debug)]
-pub struct Refusal {
-    /// Its status.
-    pub status: u16,
-    /// Its content, JSON.
-    pub body: Vec<u8>,
-}
-
 /// A process whose output flows.
 pub struct Output {
     wanted: Wanted,
@@ -164,40 +84,10 @@ impl Patience {
     }
 }
 
-impl Wanted {
-    fn spell(&self, trouble: &Trouble) -> (u16, String, String) {
-        let known = self.errors.get(&trouble.code).or_else(|| self.errors.get("internal"));
-        let (status, code) = known.map_or((500, "internal"), |known| (known.status, &known.code));
-        let mut message = known.and_then(|known| known.message.clone()).unwrap_or_else(|| trouble.message.clone());
-        if let (Some(Spelling { with_cause: true, .. }), Some(cause)) = (known, &trouble.detail) {
-            message = format!("{message} ({cause})");
-        }
-        (status, code.to_owned(), format!("{}.", message.trim_end_matches('.')))
-    }
-
-    fn refuse(&self, trouble: &Trouble) -> Refusal {
-        let (status, code, message) = self.spell(trouble);
-        Refusal { status, body: fill(&self.refusal, &[("code", &code), ("message", &message)]) }
-    }
-
-    /// The operation that goes on with a process.
-    fn attach(&self, id: &str, offsets: &[u64; 4]) -> Vec<u8> {
-        let offsets: Map<_, _> = (1..4).map(|channel| (channel.to_string(), json!(offsets[channel]))).collect();
-        let mut op = json!({"op": "attach", "id": id, "offsets": offsets});
-        for name in ["to", "passive"] {
-            if let Some(value) = self.op.get(name) {
-                op[name] = value.clone();
-            }
-        }
-        op.to_string().into_bytes()
-    }
-}
-
 impl Output {
     /// Asks for what is wanted; the process runs when this returns.
     pub async fn start(socket: &Path, wanted: Wanted) -> Result<Self, Refusal> {
-        let channels = [&wanted.stdout, &wanted.stderr, &wanted.stdout].map(|around| Lines::new(around.clone()));
-        let op = Value::from(wanted.op.clone()).to_string().into_bytes();
+        let (channels, op) = (wanted.channels(), wanted.open());
         let mut output = Self { wanted, link: None, id: String::new(), channels, offsets: [0; 4] };
         match output.open(socket, &op).await {
             Ok(()) => Ok(output),
@@ -278,7 +168,7 @@ impl Output {
                     let event: Value = serde_json::from_slice(frame.payload).map_err(|_| Trouble::violation())?;
                     if event.get("type").and_then(Value::as_str) == Some("exit") {
                         self.channels.iter_mut().for_each(|lines| lines.flush(true, out));
-                        out.extend(exit(&self.wanted.exit, &event));
+                        out.extend(self.wanted.end(&event));
                         if let Some(link) = self.link.take() {
                             link.leave(&[(Kind::Ack, b"")]);
                         }
@@ -335,8 +225,7 @@ impl Output {
             // What came before the trouble has gone out.
             if let Some(trouble) = trouble.take() {
                 if let Err(trouble) = self.recover(socket, trouble).await {
-                    let (_, code, message) = self.wanted.spell(&trouble);
-                    out.bytes.extend(fill(&self.wanted.error, &[("code", &code), ("message", &message)]));
+                    out.bytes.extend(self.wanted.fail(&trouble));
                     is_over = true;
                 }
                 continue;
@@ -408,68 +297,6 @@ impl Drop for Output {
             } else {
                 link.leave(&[(Kind::Close, b"")]);
             }
-        }
-    }
-}
-
-/// The frame that tells how a process ended.
-fn exit(template: &str, event: &Value) -> Vec<u8> {
-    let number = |name: &str| event.get(name).and_then(Value::as_i64).unwrap_or_default().to_string();
-    let signal = event.get("signal").and_then(Value::as_str).filter(|name| !name.is_empty());
-    let signal = signal.and_then(|name| SIGNALS.iter().position(|known| *known == name));
-    let values = [
-        ("exit_code", number("exit_code")),
-        ("signal", signal.map_or_else(|| "null".to_owned(), |number| number.to_string())),
-        ("reason", event.get("reason").and_then(Value::as_str).unwrap_or_default().to_owned()),
-        ("duration_ms", number("duration_ms")),
-    ];
-    fill(template, &values.each_ref().map(|(name, value)| (*name, value.as_str())))
-}
-
-/// Bytes on their way to the client, as one chunk.
-struct Chunk {
-    bytes: Vec<u8>,
-    is_unchunked: bool,
-    start: usize,
-}
-
-/// Room for the size, written once it is known.
-const SIZE_LINE: &[u8] = b"00000000\r\n";
-
-impl Chunk {
-    fn new(is_unchunked: bool) -> Self {
-        Self { bytes: Vec::with_capacity(OUT_BYTES), is_unchunked, start: 0 }
-    }
-
-    /// Starts a chunk after `head`.
-    fn begin(&mut self, head: &[u8]) {
-        self.bytes.clear();
-        self.bytes.extend_from_slice(head);
-        if !self.is_unchunked {
-            self.bytes.extend_from_slice(SIZE_LINE);
-        }
-        self.start = self.bytes.len();
-    }
-
-    fn is_empty(&self) -> bool {
-        self.bytes.len() == self.start
-    }
-
-    /// Completes the chunk; `is_last`: and the body.
-    fn end(&mut self, is_last: bool) {
-        if self.is_unchunked {
-            return;
-        }
-        let size = self.bytes.len() - self.start;
-        if size == 0 {
-            self.bytes.truncate(self.start - SIZE_LINE.len());
-        } else {
-            let line = self.start - SIZE_LINE.len();
-            self.bytes[line..line + 8].copy_from_slice(format!("{size:08x}").as_bytes());
-            self.bytes.extend_from_slice(b"\r\n");
-        }
-        if is_last {
-            self.bytes.extend_from_slice(b"0\r\n\r\n");
         }
     }
 }
