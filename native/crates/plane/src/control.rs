@@ -193,7 +193,9 @@ impl Control {
         if self.outboxes.borrow().is_empty() {
             return;
         }
-        for line in self.activity() {
+        let ids = self.table.take_active();
+        for batch in ids.chunks(ACTIVITY_IDS_MAX) {
+            let line = activity(batch);
             let outboxes = self.outboxes.borrow();
             if !outboxes.iter().any(|outbox| outbox.lines.try_send(line.clone()).is_ok()) {
                 crate::log::warning("activity lost", &"no control connection takes it");
@@ -201,10 +203,20 @@ impl Control {
         }
     }
 
-    /// Who had traffic since the last call, as messages.
-    fn activity(&self) -> Vec<String> {
+    /// Tells the successor what the API would be told. What it does not take is told again.
+    async fn relay_activity(&self) {
         let ids = self.table.take_active();
-        ids.chunks(ACTIVITY_IDS_MAX).map(|batch| json!({"t": "activity", "ids": batch}).to_string()).collect()
+        for batch in ids.chunks(ACTIVITY_IDS_MAX) {
+            if !wake::relay(&self.paths.socket, &activity(batch)).await {
+                self.touch(batch.iter().map(|id| &**id));
+            }
+        }
+    }
+
+    fn touch<'a>(&self, ids: impl Iterator<Item = &'a str>) {
+        for sandbox in ids.filter_map(|id| self.table.get(id)) {
+            sandbox.touch();
+        }
     }
 
     async fn connection(&self, stream: UnixStream) {
@@ -296,10 +308,7 @@ impl Control {
             }
             if told.elapsed() >= ACTIVITY_INTERVAL {
                 told = Instant::now();
-                for line in self.activity() {
-                    // The next traffic is news again.
-                    wake::relay(&self.paths.socket, &line).await;
-                }
+                self.relay_activity().await;
             }
             tokio::time::sleep(FOLLOW_INTERVAL).await;
         }
@@ -352,9 +361,7 @@ impl Control {
             }
             Body::Activity { ids } => {
                 self.is_no_api(connection);
-                for sandbox in ids.iter().filter_map(|id| self.table.get(id)) {
-                    sandbox.touch();
-                }
+                self.touch(ids.iter().map(String::as_str));
             }
             Body::Routes { after } => {
                 self.is_no_api(connection);
@@ -456,6 +463,10 @@ impl Control {
             let _ = outbox.lines.try_send(line.to_owned());
         }
     }
+}
+
+fn activity(ids: &[Box<str>]) -> String {
+    json!({"t": "activity", "ids": ids}).to_string()
 }
 
 fn answer(kind: &str, n: Option<&Value>, mut body: Value) -> String {

@@ -27,8 +27,10 @@ use crate::table::Table;
 
 /// After this long without an effect somebody else is asked.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
-/// Between two attempts while nobody can be asked; how long a successor may take to listen.
+/// Between two attempts while nobody can be asked.
 const ASK_SOON: Duration = Duration::from_millis(100);
+/// For a successor to take a line.
+const RELAY_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What all versions of one sandbox have in common, whatever its address.
 #[derive(Debug, Default)]
@@ -161,5 +163,5 @@ pub async fn relay(socket: &Path, line: &str) -> bool {
         // It closes once it has read the line.
         stream.read_to_end(&mut Vec::new()).await.map(drop)
     };
-    matches!(timeout(ASK_SOON, send).await, Ok(Ok(())))
+    matches!(timeout(RELAY_TIMEOUT, send).await, Ok(Ok(())))
 }
