@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
@@ -20,7 +21,6 @@ from loadtests.http import Connection
 from loadtests.lifecycle import cases, cycles, traffic
 from loadtests.report import Row
 from loadtests.server import Target, serve
-from vmm.drivers.gvisor.config import instance_id
 
 SETTINGS = {"SANDGATE_RATE_LIMIT_PER_MINUTE": "10000000", "SANDGATE_ACCESS_LOG": "false"}
 _NO_POOL = {f"SANDGATE_POOL_{name}": "0" for name in ("READY", "READY_MAX", "SHELLS", "SHELLS_MAX")}
@@ -54,7 +54,9 @@ async def measure(wanted: Sequence[str]) -> list[Row]:
     if "frozen" in wanted:
         say("measuring: frozen")
         with tempfile.TemporaryDirectory(prefix="sandgate-bench-") as home:
-            groups = _MEMORY_GROUPS / f"sandgate-{instance_id(Path(home))}"
+            # As a server names what it makes on its host: by the path of its data directory.
+            instance = hashlib.sha256(str(Path(home).resolve()).encode()).hexdigest()[:8]
+            groups = _MEMORY_GROUPS / f"sandgate-{instance}"
             alone = {**SETTINGS, **_NO_POOL, "SANDGATE_HOME": home}
             async with serve(alone) as target, Connection(target.base_url, target.key) as api:
                 rows += await cases.frozen(api, target, groups)
