@@ -50,6 +50,7 @@ def pool_config(settings: Settings) -> PoolConfig:
         ready_max=settings.pool_ready_max,
         shells_min=settings.pool_shells,
         shells_max=settings.pool_shells_max,
+        thawed=settings.pool_thawed,
         memory_share=settings.pool_memory_share,
     )
 

@@ -209,6 +209,9 @@ class Settings:
     pool_shells_max: Annotated[
         int, Row("Most shells per shape while many are asked for; 0: none of any.", least=0, most=1000)
     ] = 8
+    pool_thawed: Annotated[
+        int, Row("Of the ready ones, so many per shape are not frozen; each uses 2 % of a core.", least=0, most=1000)
+    ] = 0
     pool_memory_share: Annotated[
         float, Row("Share of the host's memory that all of these may take.", least=0, most=1)
     ] = 0.25

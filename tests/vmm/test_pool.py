@@ -113,6 +113,20 @@ async def test_no_two_claims_get_one_unit(tmp_path: Path) -> None:
         assert {machine.state for machine in made} == {MachineState.RUNNING}
 
 
+async def test_the_next_ones_to_be_claimed_may_be_kept_awake(tmp_path: Path) -> None:
+    async with pooled(tmp_path, ready_min=3, shells_min=0, thawed=1) as (driver, client):
+        await filled(client, ready=3, shells=0)
+
+        def awake() -> list[str]:
+            return [unit for unit, guest in driver.guests.items() if guest.may_run.is_set()]
+
+        await eventually(lambda: len(awake()) == 1)
+        (first,) = awake()
+        assert (await client.create_machine(spec())).unit == first
+        await filled(client, ready=3, shells=0)
+        await eventually(lambda: len(awake()) == 2)
+
+
 async def test_other_shapes_are_cold_and_kept_once_asked_for_again(tmp_path: Path) -> None:
     async with pooled(tmp_path) as (_, client):
         await filled(client)

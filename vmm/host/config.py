@@ -14,6 +14,7 @@ class PoolConfig:
 
     shapes: held in stock whether or not anybody asks; others are from their second create on, while they are asked for.
     ready_min, ready_max: booted units per shape; shells_min, shells_max: units in which nothing runs yet.
+    thawed: how many of the ready ones per shape are not frozen, which spares a claim the thaw and costs processor time.
     memory_share: of the host's memory, for all of them together.
     """
 
@@ -22,6 +23,7 @@ class PoolConfig:
     ready_max: int = 0
     shells_min: int = 0
     shells_max: int = 0
+    thawed: int = 0
     memory_share: float = 0.25
 
     @property

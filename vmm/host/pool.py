@@ -208,10 +208,26 @@ class Pool:
             self._changed.clear()
             self._look_around()
             self._act()
+            await self._thaw_first()
             with suppress(TimeoutError):
                 # Not `wait_for`, which in Python 3.11 may lose a cancellation.
                 async with asyncio.timeout(self._scheduler.wait_s(time.monotonic())):
                     await self._changed.wait()
+
+    async def _thaw_first(self) -> None:
+        """Keep those awake that will be claimed next, where that is worth the processor time they use."""
+        for pool in list(self._pools.values()):
+            for number in self._scheduler.first_ready(pool, self._config.thawed):
+                unit = self._stock.get(number)
+                if not isinstance(unit, Unit) or not unit.line.is_held:
+                    continue
+                try:
+                    await self._driver.thaw(unit.id)
+                except VmmError as error:
+                    logger.warning("unit %s of the pool cannot be thawed: %s", unit.id, explain(error))
+                else:
+                    if number in self._stock:
+                        unit.line.release()
 
     def _look_around(self) -> None:
         """Templates come and go, and memory is short or not."""

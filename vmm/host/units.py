@@ -80,8 +80,9 @@ class Units:
     async def claim(self, spec: MachineSpec, unit: Unit) -> Unit:
         """Give a warm unit to a machine."""
         async with self._undone_on_failure(unit.id):
-            await self._driver.thaw(unit.id)
-            unit.line.release()
+            if unit.line.is_held:
+                await self._driver.thaw(unit.id)
+                unit.line.release()
             async with self._agent_answering(unit):
                 return replace(unit, hooks=await write_names(unit.line, spec, unit.placement, has_resolvers=True))
 
