@@ -11,7 +11,8 @@ import asyncio
 import hashlib
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import orjson
@@ -34,6 +35,7 @@ CASES: dict[str, Case] = {
     "forking": cases.forking,
     "traffic": traffic.visits,
 }
+ALONE = ("frozen", "burst")
 CYCLES: dict[str, Case] = {
     "pauses": lambda api, target: cycles.pausing(api, target, 1000, hibernate=False, tell=say),
     "hibernations": lambda api, target: cycles.pausing(api, target, 300, hibernate=True, tell=say),
@@ -43,35 +45,46 @@ CYCLES: dict[str, Case] = {
 
 
 async def measure(wanted: Sequence[str]) -> list[Row]:
-    """The named cases, and how one sandbox lies frozen, on two servers."""
+    """The named cases: most on one server, those that watch its machines from outside on one each."""
     rows: list[Row] = []
     named = {**CASES, **CYCLES}
-    async with serve(SETTINGS) as target, Connection(target.base_url, target.key) as api:
-        for name in wanted:
-            if name in named:
-                say(f"measuring: {name}")
-                rows += await named[name](api, target)
+    if not named.keys().isdisjoint(wanted):
+        async with serve(SETTINGS) as target, Connection(target.base_url, target.key) as api:
+            for name in wanted:
+                if name in named:
+                    say(f"measuring: {name}")
+                    rows += await named[name](api, target)
     if "frozen" in wanted:
-        say("measuring: frozen")
-        with tempfile.TemporaryDirectory(prefix="sandgate-bench-") as home:
+        async with _alone(_NO_POOL) as (target, groups), Connection(target.base_url, target.key) as api:
+            say("measuring: frozen")
+            rows += await cases.frozen(api, target, groups)
+    if "burst" in wanted:
+        pool = {"SANDGATE_POOL_READY": "30", "SANDGATE_POOL_READY_MAX": "30", "SANDGATE_POOL_SHELLS": "0"}
+        async with _alone(pool) as (target, groups):
+            say("measuring: burst")
+            rows += await cases.burst(target, groups, pool=30, count=100)
+    return rows
+
+
+@asynccontextmanager
+async def _alone(settings: Mapping[str, str]) -> AsyncIterator[tuple[Target, Path]]:
+    """A server, and where the control groups of its machines are."""
+    with tempfile.TemporaryDirectory(prefix="sandgate-bench-") as home:
+        async with serve({**SETTINGS, **settings, "SANDGATE_HOME": home}) as target:
             # As a server names what it makes on its host: by the path of its data directory.
             instance = hashlib.sha256(str(Path(home).resolve()).encode()).hexdigest()[:8]
-            groups = _MEMORY_GROUPS / f"sandgate-{instance}"
-            alone = {**SETTINGS, **_NO_POOL, "SANDGATE_HOME": home}
-            async with serve(alone) as target, Connection(target.base_url, target.key) as api:
-                rows += await cases.frozen(api, target, groups)
-    return rows
+            yield target, _MEMORY_GROUPS / f"sandgate-{instance}"
 
 
 async def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m loadtests.lifecycle", description=__doc__)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join([*CASES, "frozen", *CYCLES]))
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join([*CASES, *ALONE, *CYCLES]))
     parser.add_argument("--cycles", action="store_true", help="the long cases too")
     parser.add_argument("--out", type=Path, default=Path("loadtests/results"), help="directory for the results")
     options = parser.parse_args(arguments)
-    if unknown := set(options.cases) - {*CASES, "frozen", *CYCLES}:
+    if unknown := set(options.cases) - {*CASES, *ALONE, *CYCLES}:
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
-    wanted = options.cases or [*CASES, "frozen", *(CYCLES if options.cycles else [])]
+    wanted = options.cases or [*CASES, *ALONE, *(CYCLES if options.cycles else [])]
 
     rows = await measure(wanted)
     about = report.facts(SETTINGS)

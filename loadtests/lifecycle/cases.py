@@ -112,6 +112,29 @@ async def frozen(api: Connection, target: Target, groups: Path) -> list[Row]:
     return rows
 
 
+async def burst(target: Target, groups: Path, *, pool: int, count: int) -> list[Row]:
+    """So many creates at once, more than the pool holds. groups: as for `frozen`."""
+    async with asyncio.timeout(120):
+        while len(list(groups.glob("*/cgroup.procs"))) < pool:
+            await asyncio.sleep(0.2)
+    durations: list[float] = []
+    made: list[Box] = []
+
+    async def one() -> None:
+        async with Connection(target.base_url, target.key) as api:
+            took, sandbox = await timed(lambda: create(api, target))
+            durations.append(took)
+            made.append(sandbox)
+
+    results = await asyncio.gather(*(one() for _ in range(count)), return_exceptions=True)
+    failed = [repr(result) for result in results if result is not None]
+    async with Connection(target.base_url, target.key) as api:
+        for sandbox in made:
+            await Box(api, target, sandbox.id).destroy()
+    note = f"{count - len(failed)} of {count} made {failed[:1] or ''}".strip()
+    return [report.latency(f"{count} creates at once, {pool} in the pool", durations, target="all", note=note)]
+
+
 def _number(name: str, value: float, unit: str, bar: str) -> Row:
     return Row(name, unit, 1, round(value, 2), None, None, bar)
 
