@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,9 @@ async def main(arguments: Sequence[str]) -> None:
     if not peers.PLANE.exists():
         parser.error("the plane is not built: run `make build`")
 
+    # Like an interrupt: nothing that was started is left behind.
+    if task := asyncio.current_task():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     # Before this process is confined to one core.
     facts = report.facts({})
     settle()
@@ -117,7 +121,7 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError):
         try:
             asyncio.run(main(sys.argv[1:]))
         except BenchError as error:
