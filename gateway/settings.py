@@ -145,6 +145,12 @@ class Settings:
     plane_stream_timeout_s: Annotated[float, Row("Time without a byte in a response or a WebSocket.", least=0.25)] = (
         3600.0
     )
+    plane_stream_heartbeat_s: Annotated[
+        float, Row("Time without an event until a comment is sent on an event stream.", least=0.5)
+    ] = 15.0
+    plane_stream_events_max: Annotated[
+        int, Row("Events that may wait for one client of an event stream; with more it loses its stream.", least=1)
+    ] = 1_000
     plane_wake_waiting_max: Annotated[int, Row("Requests that wait for one sandbox to wake up.", least=0)] = 256
     plane_wake_timeout_s: Annotated[float, Row("Time a request waits for its sandbox to wake up.", least=0.25)] = 30.0
     plane_access_log: Annotated[
