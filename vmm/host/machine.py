@@ -193,8 +193,10 @@ class Machine:
             elif chore := self._chore():
                 await self._try(chore)
             else:
+                # Not `wait_for`, which in Python 3.11 may lose a cancellation.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._signal.wait(), self._time_left_s())
+                    async with asyncio.timeout(self._time_left_s()):
+                        await self._signal.wait()
                 self._signal.clear()
 
     def _ended(self) -> Exit | None:
