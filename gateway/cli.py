@@ -25,7 +25,8 @@ by default ./.sandgate; run the commands where the server runs, with the same se
 _SERVE = """\
 Start the server in the foreground: the public listener, the API and the host service. The first start makes the data
 directory, the default template (about a minute) and a key; later starts take seconds. The API base URL and the key are
-printed and kept in credentials.json in the data directory. Ctrl-C lets requests end, removes every sandbox and stops.
+printed and kept in credentials.json in the data directory. Ctrl-C lets requests end, removes every sandbox that is not
+paused, and stops.
 """
 
 #: Settings that have a flag of `serve`; all others come from the environment or the TOML file.

@@ -271,7 +271,7 @@ Try it:
   export MIOSA_BASE_URL={credentials.base_url} MIOSA_API_KEY={credentials.api_key}
   curl -s -X POST -H "Authorization: Bearer $MIOSA_API_KEY" $MIOSA_BASE_URL/sandboxes
 
-Ctrl-C stops everything and removes every sandbox.
+Ctrl-C stops everything and removes every sandbox but the paused ones.
 """
         )
 
