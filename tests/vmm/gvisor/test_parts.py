@@ -7,6 +7,7 @@ import ipaddress
 import os
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,24 @@ def test_addresses_come_back_as_late_as_possible() -> None:
     with pytest.raises(MachineError, match="no free network address"):
         block.take()
     block.close()
+
+
+def test_the_way_to_a_guest_is_one_route_that_delays_no_acknowledgement(tmp_path: Path) -> None:
+    block = network.claim_block(_RANGE, "cccccccc", tmp_path)
+    # A thread of its own, because it changes its network namespace.
+    with ThreadPoolExecutor(1) as links:
+        slot = links.submit(network.make_slot, block, 7, 1500).result()
+    try:
+        routes = subprocess.run(
+            ["ip", "route", "show", "dev", slot.interface], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        assert len(routes) == 1
+        assert routes[0].startswith(str(ipaddress.ip_interface(f"{slot.gateway}/30").network))
+        assert f"src {slot.gateway}" in routes[0]
+        assert "quickack 1" in routes[0]
+    finally:
+        slot.release()
+        block.close()
 
 
 def test_addresses_stay_inside_their_block() -> None:

@@ -156,6 +156,8 @@ def make_slot(block: Block, index: int, mtu: int) -> Slot:
             _forbid_ipv6(interface)
             host.add_address(interface, gateway, 30)
             host.set_up(interface)
+            link = ipaddress.ip_interface(f"{gateway}/30")
+            host.acknowledge_at_once(interface, gateway, str(link.network.network_address), 30)
         keep.pop_all()
     return Slot(index, interface, gateway, address, packets.getsockname()[4], mtu, namespace, packets)
 
