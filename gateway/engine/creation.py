@@ -34,8 +34,8 @@ from vmm.types import IdleAction, MachineInfo, MachineSpec, MachineState, StopCa
 #: A machine from the pool is there within a few milliseconds; a caller who waits longer sees it `provisioning`.
 _GLANCE_S = 0.02
 _DOWN = frozenset({MachineState.PREPARING, MachineState.STOPPING, MachineState.STOPPED, MachineState.FAILED})
-#: Restoring reads the whole image; a large one takes seconds.
-_RESTORE_S = 60.0
+#: Restoring reads the whole image, and in a burst of creates each waits for its turn on the host.
+_BOOT_S = 120.0
 
 
 class CreationService:
@@ -112,9 +112,8 @@ class CreationService:
         return wanted
 
     async def _boot(self, sandbox: Sandbox) -> MachineInfo:
-        deadline = None if sandbox.image_id is None else time.monotonic() + _RESTORE_S
         with vmm_errors():
-            return await self._context.host.create_machine(_spec(sandbox), deadline=deadline)
+            return await self._context.host.create_machine(_spec(sandbox), deadline=time.monotonic() + _BOOT_S)
 
     async def _record_running(self, wanted: Sandbox, machine: MachineInfo) -> Sandbox:
         """The short way: the machine is there, so the sandbox is recorded once, as running."""
