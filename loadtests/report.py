@@ -8,10 +8,13 @@ import math
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,22 @@ def markdown(rows: Sequence[Row], about: dict[str, Any]) -> str:
 def as_json(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
     """Everything, for machines to read."""
     return {"about": about, "rows": [asdict(row) for row in rows]}
+
+
+def publish(name: str, rows: Sequence[Row], about: dict[str, Any], directory: Path) -> None:
+    """Write the results as JSON and Markdown, named after the measurement and its time, and print the table."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}-{about['measured_at'].replace(':', '')}.json"
+    path.write_bytes(orjson.dumps(as_json(rows, about), option=orjson.OPT_INDENT_2))
+    table = markdown(rows, about)
+    path.with_suffix(".md").write_text(table)
+    print(table)
+    say(f"written to {path} and {path.with_suffix('.md').name}")
+
+
+def say(line: str) -> None:
+    """Tell whoever waits at the terminal how far it is."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _cpu_model() -> str:

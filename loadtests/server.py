@@ -18,6 +18,9 @@ import orjson
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 
+#: Settings of a server to be measured. The limit is enough for everything in one minute's bucket, and still checked.
+SETTINGS = {"SANDGATE_RATE_LIMIT_PER_MINUTE": "10000000", "SANDGATE_ACCESS_LOG": "false"}
+
 
 @dataclass(frozen=True, slots=True)
 class Target:

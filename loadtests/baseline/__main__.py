@@ -13,16 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import orjson
-
 from loadtests import report
 from loadtests.baseline import cases
 from loadtests.http import Connection
-from loadtests.report import Row
-from loadtests.server import Target, serve
-
-#: Enough for every case in one minute's bucket, and still a limit that is checked.
-SETTINGS = {"SANDGATE_RATE_LIMIT_PER_MINUTE": "10000000", "SANDGATE_ACCESS_LOG": "false"}
+from loadtests.report import Row, say
+from loadtests.server import SETTINGS, Target, serve
 
 
 async def measure(target: Target) -> list[Row]:
@@ -87,18 +82,7 @@ async def main(arguments: Sequence[str]) -> None:
             rows = await measure(target)
         rows = await measure_creates() + rows + await measure_limit()
 
-    about = report.facts({} if options.url else SETTINGS)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"baseline-{about['measured_at'].replace(':', '')}.json"
-    path.write_bytes(orjson.dumps(report.as_json(rows, about), option=orjson.OPT_INDENT_2))
-    table = report.markdown(rows, about)
-    path.with_suffix(".md").write_text(table)
-    print(table)
-    say(f"written to {path} and {path.with_suffix('.md').name}")
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    report.publish("baseline", rows, report.facts({} if options.url else SETTINGS), options.out)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,8 @@ from loadtests import report
 from loadtests.isolation.caller import Speaker, make_speaker
 from loadtests.isolation.upheaval import Upheaval
 from loadtests.proxy import loadgen
-from loadtests.server import Target, serve
+from loadtests.server import SETTINGS, Target, serve
 
-SETTINGS = {"SANDGATE_RATE_LIMIT_PER_MINUTE": "10000000", "SANDGATE_ACCESS_LOG": "false"}
 #: An answer of the plane's own: a status and a code of docs/previews.md.
 _DOCUMENTED = re.compile(r"\d{3} [a-z_]+")
 _PATIENCE_S = 3600.0

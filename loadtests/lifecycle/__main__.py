@@ -15,15 +15,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import orjson
-
 from loadtests import report
 from loadtests.http import Connection
 from loadtests.lifecycle import cases, cycles, traffic
-from loadtests.report import Row
-from loadtests.server import Target, serve
+from loadtests.report import Row, say
+from loadtests.server import SETTINGS, Target, serve
 
-SETTINGS = {"SANDGATE_RATE_LIMIT_PER_MINUTE": "10000000", "SANDGATE_ACCESS_LOG": "false"}
 _NO_POOL = {f"SANDGATE_POOL_{name}": "0" for name in ("READY", "READY_MAX", "SHELLS", "SHELLS_MAX")}
 _MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
 
@@ -87,18 +84,7 @@ async def main(arguments: Sequence[str]) -> None:
     wanted = options.cases or [*CASES, *ALONE, *(CYCLES if options.cycles else [])]
 
     rows = await measure(wanted)
-    about = report.facts(SETTINGS)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"lifecycle-{about['measured_at'].replace(':', '')}.json"
-    path.write_bytes(orjson.dumps(report.as_json(rows, about), option=orjson.OPT_INDENT_2))
-    table = report.markdown(rows, about)
-    path.with_suffix(".md").write_text(table)
-    print(table)
-    say(f"written to {path} and {path.with_suffix('.md').name}")
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    report.publish("lifecycle", rows, report.facts(SETTINGS), options.out)
 
 
 if __name__ == "__main__":

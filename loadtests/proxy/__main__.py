@@ -25,6 +25,7 @@ from loadtests.proxy.cases import CASES, PLANE, Case, Subject
 from loadtests.proxy.pairs import Plan, Result, compare
 from loadtests.proxy.peers import Site
 from loadtests.proxy.processes import BenchError, settle
+from loadtests.report import say
 
 
 async def main(arguments: Sequence[str]) -> None:
@@ -114,10 +115,6 @@ def write(results: Sequence[Result], about: dict[str, Any], out: Path) -> None:
     path.with_suffix(".html").write_text(page.html(results, about))
     print(markdown)
     say(f"written to {path}, .md and .html")
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
