@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from gateway.resources import ApiKey
 from gateway.store.schema import api_keys
+from gateway.store.stretch import newest
 
 _RESOURCE = tuple(
     api_keys.c[name]
@@ -118,14 +119,7 @@ def get(connection: sa.Connection, workspace_id: str, key_id: str) -> ApiKey | N
 def find(connection: sa.Connection, workspace_id: str, *, offset: int, limit: int) -> tuple[list[ApiKey], int]:
     """One stretch of the unrevoked keys, newest first, and how many there are."""
     conditions = (api_keys.c.workspace_id == workspace_id, *_ALIVE)
-    total = connection.execute(sa.select(sa.func.count()).select_from(api_keys).where(*conditions)).scalar_one()
-    rows = connection.execute(
-        sa.select(*_RESOURCE)
-        .where(*conditions)
-        .order_by(api_keys.c.created_at.desc(), api_keys.c.id)
-        .offset(offset)
-        .limit(limit)
-    )
+    rows, total = newest(connection, api_keys, conditions, offset=offset, limit=limit, columns=_RESOURCE)
     return [ApiKey(*row) for row in rows], total
 
 

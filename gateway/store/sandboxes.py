@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from gateway.resources import Attribution, IdleAction, PauseKind, Sandbox, SandboxState
 from gateway.store import pauses
 from gateway.store.schema import IS_LIVING, LIVING, sandboxes
+from gateway.store.stretch import newest
 from gateway.store.types import has_label
 
 _ATTRIBUTION = ("project_id", "external_workspace_id", "external_user_id", "external_project_id")
@@ -82,15 +83,7 @@ def get_by_name(connection: sa.Connection, workspace_id: str, name: str) -> Sand
 
 def find(connection: sa.Connection, wanted: Filter, *, offset: int, limit: int) -> tuple[list[Sandbox], int]:
     """One stretch of those that match, newest first, and how many match in all."""
-    conditions = _conditions(wanted)
-    total = connection.execute(sa.select(sa.func.count()).select_from(sandboxes).where(*conditions)).scalar_one()
-    rows = connection.execute(
-        sa.select(sandboxes)
-        .where(*conditions)
-        .order_by(sandboxes.c.created_at.desc(), sandboxes.c.id)
-        .offset(offset)
-        .limit(limit)
-    )
+    rows, total = newest(connection, sandboxes, _conditions(wanted), offset=offset, limit=limit)
     return [_sandbox(row) for row in rows], total
 
 

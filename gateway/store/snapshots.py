@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from gateway.resources import Snapshot, SnapshotState
 from gateway.store.schema import snapshots
+from gateway.store.stretch import newest
 
 _COLUMNS = tuple(column.name for column in snapshots.columns)
 _BY_ID = sa.select(snapshots).where(snapshots.c.id == sa.bindparam("snapshot_id"))
@@ -35,14 +36,7 @@ def find(
     conditions = [snapshots.c.workspace_id == workspace_id, _SHOWN]
     if sandbox_id is not None:
         conditions.append(snapshots.c.sandbox_id == sandbox_id)
-    total = connection.execute(sa.select(sa.func.count()).select_from(snapshots).where(*conditions)).scalar_one()
-    rows = connection.execute(
-        sa.select(snapshots)
-        .where(*conditions)
-        .order_by(snapshots.c.created_at.desc(), snapshots.c.id)
-        .offset(offset)
-        .limit(limit)
-    )
+    rows, total = newest(connection, snapshots, conditions, offset=offset, limit=limit)
     return [_snapshot(row) for row in rows], total
 
 
