@@ -40,8 +40,10 @@ fn typing_resizing_and_interrupting_work_as_in_a_window() {
     let resize = json!({"type": "resize", "rows": 50, "cols": 132}).to_string();
     client.send(Kind::Control, stream, resize.as_bytes());
     step(&mut client, "stty size\n", &["50 132", "ready> "]);
-    step(&mut client, "cat; echo not-reached\n", &["not-reached\r\n"]);
-    // What comes back twice was echoed by the terminal and by `cat`, which therefore has the foreground.
+    // Its own output, not the line's echo, tells that the job has the foreground: what is typed before that reaches
+    // a shell which still edits its line.
+    step(&mut client, "(echo begun-$((1 + 1)); exec cat); echo not-reached\n", &["begun-2\r\n"]);
+    // Echoed by the terminal and by `cat`.
     step(&mut client, "ping\n", &["ping\r\n", "ping\r\n"]);
     step(&mut client, "\x03", &["^C", "ready> "]);
     client.data(stream, typed, b"exit 3\n");
