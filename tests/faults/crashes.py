@@ -139,7 +139,7 @@ def child(machine_id: str) -> ChildSpec:
     return ChildSpec(id=machine_id, hostname="child")
 
 
-def soon(seconds: float = 20.0) -> float:
+def soon(seconds: float = 60.0) -> float:
     return time.monotonic() + seconds
 
 

@@ -29,7 +29,7 @@ async def test_a_child_whose_descendant_keeps_its_output_open_is_started_again_a
             while not pids.exists() or len(pids.read_text().split()) < 2:
                 await asyncio.sleep(0.02)
         await child.stop(1.0, asyncio.Event())
-        await asyncio.wait_for(keeper, 10)
+        await asyncio.wait_for(keeper, 60)
         assert log.tail.count("begun") >= 2
     finally:
         keeper.cancel()
@@ -62,7 +62,7 @@ async def test_a_successor_that_does_not_serve_changes_nothing(tmp_path: Path) -
         assert (child.pid, child.pids) == (before, {before})
     finally:
         await child.stop(1.0, asyncio.Event())
-        await asyncio.wait_for(keeper, 10)
+        await asyncio.wait_for(keeper, 60)
         log.close()
     assert child.pids == set()
 
@@ -81,5 +81,5 @@ async def test_what_is_replaced_ends_with_the_child(tmp_path: Path) -> None:
     second = await child.replace(serves=serves, timeout_s=20)
     assert child.pids == {first, second}
     await child.stop(5.0, asyncio.Event())
-    await asyncio.wait_for(keeper, 10)
+    await asyncio.wait_for(keeper, 60)
     assert child.pids == set()

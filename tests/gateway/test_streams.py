@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.server import ServerProcess
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 #: What the command line of each part's processes has in it.
 PARTS = {"api": "run-api", "hostd": "run-hostd", "plane": "sandgate-plane"}
 

@@ -20,7 +20,7 @@ from previews.plane import PlaneClient
 from previews.routes import PortRoute, SandboxRoute
 
 #: Bounds every wait; nothing here takes that long unless it fails.
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 Handler = Callable[["Exchange"], Awaitable[None]]
 

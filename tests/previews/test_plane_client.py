@@ -98,7 +98,7 @@ async def test_a_restarted_plane_asks_for_everything(plane: Plane) -> None:
 
 
 async def test_a_push_while_the_plane_is_away_arrives_when_it_is_back(plane: Plane) -> None:
-    async with tcp_upstream(describe) as upstream, PlaneClient(str(plane.control_socket), push_timeout_s=0.2) as client:
+    async with tcp_upstream(describe) as upstream, PlaneClient(str(plane.control_socket), push_timeout_s=1) as client:
         await client.wait_connected(PATIENCE_S)
         await plane.kill()
         await eventually(lambda: not client.is_connected, "the loss is noticed")

@@ -147,14 +147,14 @@ class Peer:
 
     async def frame(self, kind: int) -> Frame:
         """The next frame, which has to be of this type."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             frame = await self._received.get()
         assert frame[0] == kind, frame
         return frame
 
     async def frame_after(self, kind: int, *skipped: int) -> Frame:
         """The next frame of this type; those before it have to be of the types skipped."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while (frame := await self._received.get())[0] != kind:
                 assert frame[0] in skipped, frame
         return frame

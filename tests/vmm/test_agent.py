@@ -43,7 +43,7 @@ def agent(rig: Rig) -> Agent:
     return rig.agent
 
 
-def soon(seconds: float = 20.0) -> float:
+def soon(seconds: float = 60.0) -> float:
     return time.monotonic() + seconds
 
 
@@ -210,7 +210,7 @@ async def test_no_byte_of_output_is_lost_or_repeated_over_cuts(rig: Rig, seed: i
     content = b"".join(b"%09d\n" % number for number in range(size // 10))
     path = f"{rig.root}/numbers"
     await _uncut(rig, rig.agent.write(path, content))
-    done = await rig.agent.run(new_id(), Command(argv=["cat", path]), deadline=soon(30))
+    done = await rig.agent.run(new_id(), Command(argv=["cat", path]), deadline=soon())
     assert done.stdout == content
     assert done.exit == ProcessExit(0, None, "exited", done.exit.duration_ms)
     assert rig.links_made > 2
@@ -220,7 +220,7 @@ async def test_no_byte_of_output_is_lost_or_repeated_over_cuts(rig: Rig, seed: i
 async def test_no_byte_of_input_is_lost_or_repeated_over_cuts(rig: Rig, seed: int) -> None:
     rig.next_budget = random_budgets(seed, 2_000, 1_500_000, cuts=5)
     content = b"".join(b"%09d\n" % number for number in range(300_000))
-    done = await rig.agent.run(new_id(), Command(argv=["cat"]), stdin=content, deadline=soon(30))
+    done = await rig.agent.run(new_id(), Command(argv=["cat"]), stdin=content, deadline=soon())
     assert done.stdout == content
     assert rig.links_made > 2
 
@@ -251,7 +251,7 @@ async def test_a_process_that_is_not_known_any_more_is_no_guess(rig: Rig) -> Non
 
 
 async def test_recovery_ends_at_the_deadline(rig: Rig) -> None:
-    execution = await rig.agent.exec(new_id(), Command(argv=["sleep", "60"]), deadline=soon(0.3))
+    execution = await rig.agent.exec(new_id(), Command(argv=["sleep", "60"]), deadline=soon(3))
     rig.next_budget = lambda: 0
     rig.relay.cut()
     with pytest.raises(LinkError):
@@ -464,13 +464,13 @@ async def _given(link: Link) -> Link:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)
 
 
 async def _until_async(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not await condition():
             await asyncio.sleep(0.005)
 

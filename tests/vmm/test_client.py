@@ -49,7 +49,7 @@ def spec(**fields: object) -> MachineSpec:
     return MachineSpec(**{"id": str(uuid.uuid4()), "template": "default", "hostname": "m", **fields})  # type: ignore[arg-type]
 
 
-def soon(seconds: float = 20.0) -> float:
+def soon(seconds: float = 60.0) -> float:
     return time.monotonic() + seconds
 
 
@@ -190,14 +190,14 @@ async def test_calls_wait_for_a_killed_host_to_come_back(host: HostProcess, sock
 
 
 async def test_no_change_stays_unseen_when_the_host_is_killed(host: HostProcess, socket_path: Path) -> None:
-    async with HostClient(str(socket_path)) as client, asyncio.timeout(30), _events(client) as events:
+    async with HostClient(str(socket_path)) as client, asyncio.timeout(60), _events(client) as events:
         made = await client.create_machine(spec(), deadline=soon())
         await _event(events, lambda m: m.id == made.id and m.state == MachineState.RUNNING)
         await host.kill()
         await host.start()
         # The fake driver's machines end with their process: the new hostd can only say that they are lost.
-        ended = await _event(events, lambda m: m.id == made.id and m.state != MachineState.RUNNING)
-        assert ended.state in (MachineState.STOPPED, MachineState.FAILED)
+        over = (MachineState.STOPPED, MachineState.FAILED)
+        await _event(events, lambda m: m.id == made.id and m.state in over)
         fresh = await client.create_machine(spec(), deadline=soon())
         await _event(events, lambda m: m.id == fresh.id and m.state == MachineState.RUNNING)
 
@@ -260,6 +260,6 @@ async def _event(events: AsyncIterator[MachineInfo], wanted: Callable[[MachineIn
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)

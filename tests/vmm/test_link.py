@@ -408,7 +408,7 @@ async def test_a_second_reader_is_refused(peer: Peer, link: Link) -> None:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)
 

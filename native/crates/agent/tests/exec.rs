@@ -131,7 +131,7 @@ fn a_timeout_ends_the_whole_group_even_if_it_ignores_sigterm() {
     let agent = Agent::start();
     let mut client = agent.client();
     let line = "trap '' TERM; (trap '' TERM; echo child $BASHPID; while :; do sleep 0.1; done) & wait; sleep 60";
-    let outcome = client.exec(&json!({"argv": ["bash", "-c", line], "timeout_s": 0.5}));
+    let outcome = client.exec(&json!({"argv": ["bash", "-c", line], "timeout_s": 3}));
     assert_eq!((outcome.code(), &outcome.exit()["reason"]), (124, &json!("timeout")));
     assert_eq!(outcome.exit()["signal"], "SIGKILL");
     let text = outcome.text(1);
@@ -143,7 +143,7 @@ fn a_timeout_ends_the_whole_group_even_if_it_ignores_sigterm() {
 fn a_leader_that_heeds_sigterm_takes_its_stubborn_child_along() {
     let agent = Agent::start();
     let line = "(trap '' TERM; echo $BASHPID; while :; do sleep 0.1; done) & wait";
-    let outcome = agent.client().exec(&json!({"argv": ["bash", "-c", line], "timeout_s": 0.5}));
+    let outcome = agent.client().exec(&json!({"argv": ["bash", "-c", line], "timeout_s": 3}));
     assert_eq!((outcome.code(), &outcome.exit()["signal"]), (124, &json!("SIGTERM")));
     let child = outcome.text(1).trim().to_owned();
     eventually("the child is gone", || !std::path::Path::new(&format!("/proc/{child}")).exists());
@@ -265,10 +265,11 @@ fn processes_are_listed_signalled_and_fed() {
 #[test]
 fn orphans_are_reaped() {
     let agent = Agent::start();
-    let outcome = agent.client().shell("(setsid sh -c 'echo $$; exit 0' &) ; sleep 0.3");
-    let orphan = outcome.text(1).trim().to_owned();
-    assert!(!orphan.is_empty());
-    eventually("no zombie is left", || !std::path::Path::new(&format!("/proc/{orphan}")).exists());
+    let marker = agent.path("orphan");
+    agent.client().shell(&format!("(setsid sh -c 'echo $$ > {marker}' &)"));
+    let orphan = || std::fs::read_to_string(&marker).unwrap_or_default().trim().to_owned();
+    eventually("the orphan has run", || !orphan().is_empty());
+    eventually("no zombie is left", || !std::path::Path::new(&format!("/proc/{}", orphan())).exists());
 }
 
 #[test]

@@ -48,7 +48,7 @@ async def run(response, until: int) -> list[bytes]:
         await gone.wait()
         return {"type": "http.disconnect"}
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await response({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
     return sent
 
