@@ -43,7 +43,7 @@ async def api(server: ServerProcess) -> AsyncIterator[httpx.AsyncClient]:
 
 async def lasting(client: httpx.AsyncClient, method: str, path: str | httpx.URL, **options) -> httpx.Response:
     """Ask until an answer comes that asking again would not change."""
-    async with asyncio.timeout(90):
+    async with asyncio.timeout(180):
         while True:
             with contextlib.suppress(httpx.TransportError):
                 response = await client.request(method, path, **options)
@@ -52,7 +52,7 @@ async def lasting(client: httpx.AsyncClient, method: str, path: str | httpx.URL,
             await asyncio.sleep(0.1)
 
 
-async def until(condition: Callable[[], Awaitable[bool]], what: str, timeout_s: float = 60) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], what: str, timeout_s: float = 120) -> None:
     try:
         async with asyncio.timeout(timeout_s):
             while not await condition():
@@ -78,7 +78,13 @@ def kill(server: ServerProcess, part: str, rng: random.Random) -> None:
             rng.choice(victims).kill()
 
 
-async def create_exec_destroy(client: httpx.AsyncClient, key: str) -> str:
+async def _grown(made: dict[str, str], by: int) -> None:
+    goal = len(made) + by
+    while len(made) < goal:
+        await asyncio.sleep(0.05)
+
+
+async def create_and_destroy(client: httpx.AsyncClient, key: str) -> str:
     """One sandbox by one key, asked for twice; returns its id."""
     headers = {"idempotency-key": key}
     created = await lasting(client, "POST", "/sandboxes", json=SMALL, headers=headers)
@@ -101,11 +107,13 @@ async def test_every_key_makes_one_sandbox_while_parts_are_killed(server: Server
 
         async def work() -> None:
             for key in keys:
-                made[key] = await create_exec_destroy(client, key)
+                made[key] = await create_and_destroy(client, key)
 
         async def disturb() -> None:
             while True:
-                await asyncio.sleep(rng.uniform(1, 4))
+                # By what is done, not by the clock: a slow machine would spend all its time on starting parts.
+                await _grown(made, rng.randint(1, 8))
+                await asyncio.sleep(rng.uniform(0, 0.5))
                 kill(server, rng.choice(list(PARTS)), rng)
 
         disturber = asyncio.create_task(disturb())
