@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 _PAGE = 200
 #: Events that a plane which knows nothing is told of first: its clients' backlogs may have ended a little back.
 _LOOK_BACK = 1000
+#: After a message, before the next look at the log: what many small commits append goes out in a few messages.
+_PACE_S = 0.005
 #: Frames in one message to the plane, whose lines are bounded.
 _FRAME_CHARS_MAX = 256 * 1024
 
@@ -89,6 +91,8 @@ class EventPublisher:
                 cursor, is_start = through, False
             if not page:
                 await self._events.wait(mark)
+            elif len(page) < _PAGE:
+                await asyncio.sleep(_PACE_S)
 
     def _published(self, page: Sequence[Event]) -> Iterator[list[PublishedEvent]]:
         """Each event in the words of every dialect."""

@@ -142,6 +142,7 @@ class _Writer:
 
     def __init__(self, path: Path, loop: asyncio.AbstractEventLoop) -> None:
         self._engine = sqlite_engine(path)
+        self._connection: sa.Connection | None = None
         self._turns = os.open(f"{path}-turns", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._loop = loop
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
@@ -162,6 +163,7 @@ class _Writer:
         self._is_stopped = True
         self._queue.put(None)
         self._thread.join()
+        self._disconnect()
         self._engine.dispose()
         os.close(self._turns)
 
@@ -182,13 +184,21 @@ class _Writer:
 
     def _commit(self, batch: Sequence[_Work]) -> None:
         try:
-            with self._turn(), self._engine.begin() as connection:
+            # Kept: taking it from the pool and giving it back costs more than a small job.
+            connection = self._connection = self._connection or self._engine.connect()
+            with self._turn(), connection.begin():
                 for work in batch:
                     work.run(connection)
         except Exception as error:  # noqa: BLE001 - whatever it is goes to those who wait
             # The transaction as a whole failed (disk full, file gone): nobody's work is durable.
             for work in batch:
                 work.error = error
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -213,13 +223,14 @@ class _Work:
 
     def run(self, connection: sa.Connection) -> None:
         """Run the job in a savepoint, so that its failure undoes nothing of its neighbours."""
-        connection.exec_driver_sql("SAVEPOINT job")
+        driver: Any = connection.connection.driver_connection
+        driver.execute("SAVEPOINT job")
         try:
             self.result = self.job(connection)
         except Exception as error:  # noqa: BLE001 - whatever it is goes to whoever waits
             self.error = error
-            connection.exec_driver_sql("ROLLBACK TO job")
-        connection.exec_driver_sql("RELEASE job")
+            driver.execute("ROLLBACK TO job")
+        driver.execute("RELEASE job")
 
 
 def _answer(batch: Sequence[_Work]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
 from gateway.resources import Event
+from gateway.store.prepared import Prepared
 from gateway.store.schema import events
 
 _COLUMNS = (
@@ -20,6 +22,10 @@ _COLUMNS = (
     events.c.at,
     events.c.data,
 )
+_INSERT = Prepared(
+    sa.insert(events).values({column.name: sa.bindparam(column.name, type_=column.type) for column in _COLUMNS[1:]})
+)
+_LAST_SEQ = Prepared(sa.select(sa.func.max(events.c.seq)))
 #: Any number, the same everywhere.
 _APPEND_LOCK = 0x5A4D47
 
@@ -47,38 +53,35 @@ def append(
     if connection.dialect.name == "postgresql":
         # A sequence gives numbers before the commit: without this lock a reader could see 8 before 7 and pass 7 by.
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_APPEND_LOCK)))
-    connection.execute(
-        sa.insert(events),
-        {
-            "type": kind,
-            "workspace_id": workspace_id,
-            "resource_type": resource_type,
-            "resource_id": resource_id,
-            "at": at,
-            "data": dict(data),
-        },
+    _INSERT.run(
+        connection,
+        type=kind,
+        workspace_id=workspace_id,
+        resource_type=resource_type,
+        resource_id=resource_id,
+        at=at,
+        data=dict(data),
     )
 
 
 def after(connection: sa.Connection, *, seq: int, selection: Selection | None, limit: int) -> list[Event]:
     """The next events after a cursor, oldest first. selection None: everybody's."""
-    statement = sa.select(*_COLUMNS).where(events.c.seq > seq)
-    if selection is not None:
-        statement = statement.where(*_terms(selection))
-    return [Event(*row) for row in connection.execute(statement.order_by(events.c.seq).limit(limit))]
+    terms = {} if selection is None else {name: value for name, value in asdict(selection).items() if value is not None}
+    return [Event(*row) for row in _after(tuple(terms)).rows(connection, seq_before=seq, at_most=limit, **terms)]
 
 
-def _terms(selection: Selection) -> Iterator[sa.ColumnElement[bool]]:
-    yield events.c.workspace_id == selection.workspace_id
-    if selection.resource_type is not None:
-        yield events.c.resource_type == selection.resource_type
-    if selection.resource_id is not None:
-        yield events.c.resource_id == selection.resource_id
+@functools.cache
+def _after(terms: tuple[str, ...]) -> Prepared:
+    """terms: columns that have to have a given value."""
+    statement = sa.select(*_COLUMNS).where(events.c.seq > sa.bindparam("seq_before"))
+    statement = statement.where(*(events.c[name] == sa.bindparam(name) for name in terms))
+    return Prepared(statement.order_by(events.c.seq).limit(sa.bindparam("at_most", type_=sa.Integer)))
 
 
 def last_seq(connection: sa.Connection) -> int:
     """The newest cursor of the whole log; 0 when it is empty."""
-    return connection.execute(sa.select(sa.func.max(events.c.seq))).scalar() or 0
+    found = _LAST_SEQ.first(connection)
+    return (found[0] if found else None) or 0
 
 
 def prune(connection: sa.Connection, before: float, *, limit: int) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from gateway.resources import ApiKey
+from gateway.store.prepared import Prepared
 from gateway.store.schema import api_keys
 from gateway.store.stretch import newest
 
@@ -26,14 +27,16 @@ _RESOURCE = tuple(
         "external_user_id",
     )
 )
-_BY_HASH = sa.select(
-    api_keys.c.id,
-    api_keys.c.workspace_id,
-    api_keys.c.scopes,
-    api_keys.c.is_test,
-    api_keys.c.expires_at,
-    api_keys.c.external_user_id,
-).where(api_keys.c.hash == sa.bindparam("hash"), api_keys.c.revoked_at.is_(None))
+_BY_HASH = Prepared(
+    sa.select(
+        api_keys.c.id,
+        api_keys.c.workspace_id,
+        api_keys.c.scopes,
+        api_keys.c.is_test,
+        api_keys.c.expires_at,
+        api_keys.c.external_user_id,
+    ).where(api_keys.c.hash == sa.bindparam("hash"), api_keys.c.revoked_at.is_(None))
+)
 _STATE = (
     api_keys.c.hash,
     api_keys.c.workspace_id,
@@ -69,7 +72,7 @@ class KeyState:
 
 def get_by_hash(connection: sa.Connection, secret_hash: str) -> ApiKeyRow | None:
     """The unrevoked key with that hex SHA-256."""
-    row = connection.execute(_BY_HASH, {"hash": secret_hash}).first()
+    row = _BY_HASH.first(connection, hash=secret_hash)
     return ApiKeyRow(*row) if row else None
 
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from gateway.store.prepared import Prepared
 from gateway.store.schema import previews, shares
 
-# Made once: a route is read whenever a sandbox wakes, and making a statement takes longer than executing it.
-_ALL = sa.select(previews).order_by(previews.c.port)
-_OF_SANDBOX = _ALL.where(previews.c.sandbox_id == sa.bindparam("sandbox_id"))
-_ALL_SHARES = sa.select(shares).where(shares.c.expires_at > sa.bindparam("now")).order_by(shares.c.created_at)
-_SHARES_OF_SANDBOX = _ALL_SHARES.where(shares.c.sandbox_id == sa.bindparam("sandbox_id"))
+_SELECT = sa.select(previews).order_by(previews.c.port)
+_ALL = Prepared(_SELECT)
+_OF_SANDBOX = Prepared(_SELECT.where(previews.c.sandbox_id == sa.bindparam("sandbox_id")))
+_SELECT_SHARES = sa.select(shares).where(shares.c.expires_at > sa.bindparam("now")).order_by(shares.c.created_at)
+_ALL_SHARES = Prepared(_SELECT_SHARES)
+_SHARES_OF_SANDBOX = Prepared(_SELECT_SHARES.where(shares.c.sandbox_id == sa.bindparam("sandbox_id")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,8 @@ def get(connection: sa.Connection, sandbox_id: str, preview_id: str) -> PreviewR
 
 def find(connection: sa.Connection, sandbox_id: str | None) -> list[PreviewRow]:
     """The open ports of a sandbox, or of all, by port."""
-    rows = connection.execute(_ALL if sandbox_id is None else _OF_SANDBOX, {"sandbox_id": sandbox_id})
-    return [PreviewRow(*row) for row in rows]
+    statement = _ALL if sandbox_id is None else _OF_SANDBOX
+    return [PreviewRow(*row) for row in statement.rows(connection, sandbox_id=sandbox_id)]
 
 
 def delete(connection: sa.Connection, sandbox_id: str, preview_id: str) -> bool:
@@ -94,8 +96,7 @@ def put_share(connection: sa.Connection, share: ShareRow) -> None:
 def find_shares(connection: sa.Connection, sandbox_id: str | None, *, now: float) -> list[ShareRow]:
     """The shares of a sandbox, or of all, that have not expired, oldest first."""
     statement = _ALL_SHARES if sandbox_id is None else _SHARES_OF_SANDBOX
-    rows = connection.execute(statement, {"sandbox_id": sandbox_id, "now": now})
-    return [ShareRow(*row) for row in rows]
+    return [ShareRow(*row) for row in statement.rows(connection, sandbox_id=sandbox_id, now=now)]
 
 
 def revoke_shares(connection: sa.Connection, sandbox_id: str, *, share_id: str | None, preview_id: str | None) -> int:

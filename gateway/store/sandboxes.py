@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import sqlalchemy as sa
 
 from gateway.resources import Attribution, IdleAction, PauseKind, Sandbox, SandboxState
 from gateway.store import pauses
+from gateway.store.prepared import Prepared
 from gateway.store.schema import IS_LIVING, LIVING, sandboxes
 from gateway.store.stretch import newest
 from gateway.store.types import has_label
@@ -21,8 +23,11 @@ from gateway.store.types import has_label
 _ATTRIBUTION = ("project_id", "external_workspace_id", "external_user_id", "external_project_id")
 _COLUMNS = tuple(column.name for column in sandboxes.columns)
 _PLAIN = tuple(name for name in _COLUMNS if name not in {*_ATTRIBUTION, "state", "version"})
-_BY_ID = sa.select(sandboxes).where(sandboxes.c.id == sa.bindparam("sandbox_id"))
-_BY_NAME = (
+_VERSION = _COLUMNS.index("version")
+_BY_ID = Prepared(sa.select(sandboxes).where(sandboxes.c.id == sa.bindparam("sandbox_id")))
+_VERSION_OF = Prepared(sa.select(sandboxes.c.version).where(sandboxes.c.id == sa.bindparam("sandbox_id")))
+_INSERT = Prepared(sa.insert(sandboxes))
+_BY_NAME = Prepared(
     sa.select(sandboxes)
     .where(
         sandboxes.c.workspace_id == sa.bindparam("workspace_id"),
@@ -34,18 +39,31 @@ _BY_NAME = (
     .limit(1)
 )
 #: Everything that can stand in the way of a new sandbox, in one statement.
-_ROOM = sa.select(
-    sa.select(sa.func.count())
-    .where(sandboxes.c.workspace_id == sa.bindparam("workspace_id"), IS_LIVING)
-    .scalar_subquery(),
-    sa.exists().where(
-        sandboxes.c.workspace_id == sa.bindparam("workspace_id"),
-        sandboxes.c.name == sa.bindparam("name"),
-        sandboxes.c.id != sa.bindparam("but"),
-        IS_LIVING,
-    ),
-    sa.exists().where(sandboxes.c.slug == sa.bindparam("slug"), sandboxes.c.id != sa.bindparam("but"), IS_LIVING),
-    sa.exists().where(sandboxes.c.id == sa.bindparam("but")),
+_ROOM = Prepared(
+    sa.select(
+        sa.select(sa.func.count())
+        .where(sandboxes.c.workspace_id == sa.bindparam("workspace_id"), IS_LIVING)
+        .scalar_subquery(),
+        sa.exists().where(
+            sandboxes.c.workspace_id == sa.bindparam("workspace_id"),
+            sandboxes.c.name == sa.bindparam("name"),
+            sandboxes.c.id != sa.bindparam("but"),
+            IS_LIVING,
+        ),
+        sa.exists().where(sandboxes.c.slug == sa.bindparam("slug"), sandboxes.c.id != sa.bindparam("but"), IS_LIVING),
+        sa.exists().where(sandboxes.c.id == sa.bindparam("but")),
+    )
+)
+_UPDATE = sa.update(sandboxes).where(sandboxes.c.id == sa.bindparam("sandbox_id"))
+_NOW: sa.BindParameter[int] = sa.bindparam("now", type_=sa.BigInteger)
+#: Two changes in one microsecond, or a clock set back, must still count up.
+_NEXT_VERSION = sa.case((sandboxes.c.version >= _NOW, sandboxes.c.version + 1), else_=_NOW)
+_RESTED = Prepared(
+    _UPDATE.values(
+        paused_at=None,
+        pause_kind=None,
+        paused_s=sandboxes.c.paused_s + sa.bindparam("rested_s", type_=sa.Double),
+    )
 )
 
 
@@ -71,13 +89,13 @@ class Filter:
 
 def get(connection: sa.Connection, sandbox_id: str) -> Sandbox | None:
     """By id, in whatever state and workspace."""
-    row = connection.execute(_BY_ID, {"sandbox_id": sandbox_id}).first()
+    row = _BY_ID.first(connection, sandbox_id=sandbox_id)
     return _sandbox(row) if row else None
 
 
 def get_by_name(connection: sa.Connection, workspace_id: str, name: str) -> Sandbox | None:
     """The living sandbox with that name or slug."""
-    row = connection.execute(_BY_NAME, {"workspace_id": workspace_id, "name": name}).first()
+    row = _BY_NAME.first(connection, workspace_id=workspace_id, name=name)
     return _sandbox(row) if row else None
 
 
@@ -95,8 +113,8 @@ def find_in_states(connection: sa.Connection, states: Sequence[SandboxState]) ->
 
 def room(connection: sa.Connection, wanted: Sandbox) -> Room:
     """What a new sandbox would collide with."""
-    values = {"workspace_id": wanted.workspace_id, "name": wanted.name, "slug": wanted.slug, "but": wanted.id}
-    return Room(*connection.execute(_ROOM, values).one())
+    row = _ROOM.first(connection, workspace_id=wanted.workspace_id, name=wanted.name, slug=wanted.slug, but=wanted.id)
+    return Room(*(row or (0, False, False, False)))
 
 
 def is_name_taken(connection: sa.Connection, workspace_id: str, name: str, *, but: str) -> bool:
@@ -114,11 +132,8 @@ def insert(connection: sa.Connection, sandbox: Sandbox, *, version: int | None =
     """Add a row. version: as told to the plane already, if it has been."""
     values: dict[str, Any] = {name: getattr(sandbox, name) for name in _PLAIN}
     values |= {name: getattr(sandbox.attribution, name) for name in _ATTRIBUTION}
-    values["env"] = dict(sandbox.env)
-    values["metadata"] = dict(sandbox.metadata)
-    connection.execute(
-        sa.insert(sandboxes), values | {"state": sandbox.state.value, "version": version or version_now()}
-    )
+    values |= {"env": dict(sandbox.env), "metadata": dict(sandbox.metadata), "state": sandbox.state.value}
+    _INSERT.run(connection, **values, version=version or version_now())
 
 
 def delete(connection: sa.Connection, sandbox_id: str) -> None:
@@ -133,34 +148,51 @@ def change(
 
     The condition is part of the statement: of several processes that see a machine end, one gets True.
     """
-    statement = sa.update(sandboxes).where(sandboxes.c.id == sandbox_id).values(**values, version=_next_version())
+    statement = _update(tuple(values), None if only_in is None else tuple(only_in))
+    return statement.run(connection, sandbox_id=sandbox_id, now=version_now(), **_prefixed(values)) == 1
+
+
+@functools.cache
+def _update(names: tuple[str, ...], only_in: tuple[SandboxState, ...] | None) -> Prepared:
+    given = {name: sa.bindparam(f"new_{name}", type_=sandboxes.c[name].type) for name in names}
+    statement = _UPDATE.values(**given, version=_NEXT_VERSION)
     if only_in is not None:
-        statement = statement.where(sandboxes.c.state.in_(only_in))
-    return connection.execute(statement).rowcount == 1
+        statement = statement.where(sa.or_(*(sandboxes.c.state == state for state in only_in)))
+    return Prepared(statement)
+
+
+def _prefixed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"new_{name}": value for name, value in values.items()}
 
 
 def end_pause(connection: sa.Connection, sandbox_id: str, at: float) -> None:
     """Close the books on a sandbox's present pause, if there is one."""
     rested_s = pauses.end(connection, sandbox_id, at)
-    statement = sa.update(sandboxes).where(sandboxes.c.id == sandbox_id)
-    connection.execute(statement.values(paused_at=None, pause_kind=None, paused_s=sandboxes.c.paused_s + rested_s))
+    if rested_s is not None:
+        _RESTED.run(connection, sandbox_id=sandbox_id, rested_s=rested_s)
 
 
 def touch(connection: sa.Connection, sandbox_id: str) -> None:
     """Note that something below the sandbox (a preview, a share) changed."""
-    connection.execute(sa.update(sandboxes).where(sandboxes.c.id == sandbox_id).values(version=_next_version()))
+    change(connection, sandbox_id)
 
 
 def get_version(connection: sa.Connection, sandbox_id: str) -> tuple[Sandbox, int] | None:
     """A sandbox with its version."""
-    row = connection.execute(_BY_ID, {"sandbox_id": sandbox_id}).first()
-    return (_sandbox(row), row.version) if row else None
+    row = _BY_ID.first(connection, sandbox_id=sandbox_id)
+    return (_sandbox(row), row[_VERSION]) if row else None
+
+
+def version_of(connection: sa.Connection, sandbox_id: str) -> int | None:
+    """The version alone."""
+    row = _VERSION_OF.first(connection, sandbox_id=sandbox_id)
+    return None if row is None else row[0]
 
 
 def find_versions(connection: sa.Connection, states: Sequence[SandboxState]) -> list[tuple[Sandbox, int]]:
     """Sandboxes of every workspace in one of the states, with their versions."""
     rows = connection.execute(sa.select(sandboxes).where(sandboxes.c.state.in_(states)))
-    return [(_sandbox(row), row.version) for row in rows]
+    return [(_sandbox(row), row[_VERSION]) for row in rows]
 
 
 def prune(connection: sa.Connection, destroyed_before: float, *, limit: int) -> int:
@@ -189,13 +221,7 @@ def version_now() -> int:
     return time.time_ns() // 1000
 
 
-def _next_version() -> sa.ColumnElement[int]:
-    now = sa.literal(version_now(), sa.BigInteger)
-    # Two changes in one microsecond, or a clock set back, must still count up.
-    return sa.case((sandboxes.c.version >= now, sandboxes.c.version + 1), else_=now)
-
-
-def _sandbox(row: sa.Row[Any]) -> Sandbox:
+def _sandbox(row: Sequence[Any]) -> Sandbox:
     values = dict(zip(_COLUMNS, row, strict=True))
     del values["version"]
     attribution = Attribution(*(values.pop(name) for name in _ATTRIBUTION))

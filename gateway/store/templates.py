@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import sqlalchemy as sa
 
 from gateway.resources import BuildSpec, Template
+from gateway.store.prepared import Prepared
 from gateway.store.schema import sandboxes, templates
 
 #: A sandbox that is being made still reads the image; one that runs does not need it any more.
 _READING = "provisioning"
 
+_COLUMNS = templates.columns.keys()
 _NAME: sa.BindParameter[str] = sa.bindparam("name")
-_BY_NAME = (
+_BY_NAME = Prepared(
     sa.select(templates)
     .where(
         templates.c.workspace_id == sa.bindparam("workspace_id"),
@@ -48,8 +51,8 @@ def insert(connection: sa.Connection, template: Template, workspace_id: str) -> 
 
 def get(connection: sa.Connection, workspace_id: str, name: str) -> Template | None:
     """A workspace's own, by id, slug or name."""
-    row = connection.execute(_BY_NAME, {"workspace_id": workspace_id, "name": name}).first()
-    return _template(row) if row else None
+    row = _BY_NAME.first(connection, workspace_id=workspace_id, name=name)
+    return _template(dict(zip(_COLUMNS, row, strict=True))) if row else None
 
 
 def find(connection: sa.Connection, workspace_id: str) -> list[Template]:
@@ -57,7 +60,7 @@ def find(connection: sa.Connection, workspace_id: str) -> list[Template]:
     rows = connection.execute(
         sa.select(templates).where(templates.c.workspace_id == workspace_id).order_by(templates.c.slug)
     )
-    return [_template(row) for row in rows]
+    return [_template(row) for row in rows.mappings()]
 
 
 def count(connection: sa.Connection, workspace_id: str) -> int:
@@ -100,28 +103,28 @@ def delete(connection: sa.Connection, template_id: str) -> None:
     connection.execute(sa.delete(templates).where(templates.c.id == template_id))
 
 
-def _template(row: sa.Row[Any]) -> Template:
+def _template(row: Mapping[Any, Any]) -> Template:
     return Template(
-        id=row.id,
-        name=row.name,
-        slug=row.slug,
-        description=row.description,
+        id=row["id"],
+        name=row["name"],
+        slug=row["slug"],
+        description=row["description"],
         aliases={},
         digest="",
-        size_bytes=row.size_bytes or 0,
+        size_bytes=row["size_bytes"] or 0,
         packages=(),
-        created_at=row.created_at,
-        updated_at=row.updated_at,
+        created_at=row["created_at"],
+        updated_at=row["updated_at"],
         is_built_in=False,
-        state=row.state,
-        base_template=row.base_template or "",
+        state=row["state"],
+        base_template=row["base_template"] or "",
         # A build's image has the id of the build.
-        image_id=row.build_id,
-        build_id=row.build_id,
-        cpu_count=row.cpu_count,
-        memory_mib=row.memory_mib,
-        disk_mib=row.disk_mib,
-        env=row.env,
-        metadata=row.metadata,
-        spec=msgspec.convert(row.spec, BuildSpec),
+        image_id=row["build_id"],
+        build_id=row["build_id"],
+        cpu_count=row["cpu_count"],
+        memory_mib=row["memory_mib"],
+        disk_mib=row["disk_mib"],
+        env=row["env"],
+        metadata=row["metadata"],
+        spec=msgspec.convert(row["spec"], BuildSpec),
     )
