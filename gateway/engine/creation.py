@@ -31,8 +31,11 @@ from gateway.store import sandboxes as rows
 from vmm.errors import LinkError, VmmError
 from vmm.types import IdleAction, MachineInfo, MachineSpec, MachineState, StopCause
 
-#: A machine from the pool is there within a few milliseconds; a caller who waits longer sees it `provisioning`.
-_GLANCE_S = 0.02
+#: A machine is mostly there sooner: from the pool within milliseconds, even when many are asked for at once. Until
+#: then nobody sees the sandbox; whoever lists them later sees it `provisioning`, at the price of a second commit.
+_GLANCE_S = 0.25
+#: One that starts from an image is recorded before the image has been read: the row keeps that from being deleted.
+_GLANCE_AT_IMAGE_S = 0.02
 _DOWN = frozenset({MachineState.PREPARING, MachineState.STOPPING, MachineState.STOPPED, MachineState.FAILED})
 #: Restoring reads the whole image, and in a burst of creates each waits for its turn on the host.
 _BOOT_S = 120.0
@@ -64,7 +67,8 @@ class CreationService:
             return await self._resume(owned(existing, principal))
         booting = asyncio.ensure_future(self._boot(wanted))
         try:
-            await asyncio.wait([booting], timeout=_GLANCE_S)
+            glance_s = _GLANCE_S if wanted.image_id is None else _GLANCE_AT_IMAGE_S
+            await asyncio.wait([booting], timeout=glance_s)
             if booting.done() and booting.exception() is None and is_up(booting.result()):
                 return await self._record_running(wanted, booting.result())
             sandbox = await self._record_provisioning(wanted)
@@ -139,7 +143,7 @@ class CreationService:
             sandbox = await context.database.write(job)
         except Exception:
             await routing
-            await context.routes.drop(wanted.id, version)
+            await context.routes.drop(wanted.id, version + 1)
             await self._sandboxes.end_machine(wanted.id)
             raise
         context.events.announce()

@@ -39,7 +39,7 @@ class Routes(Protocol):
         """Have the route of a sandbox in force that is being recorded with that version, without asking SQL."""
 
     async def drop(self, sandbox_id: str, version: int) -> None:
-        """Undo `push_new`: the sandbox was not recorded."""
+        """Have nothing lead to a sandbox that has ended with that version, without asking SQL."""
 
     async def push_running(self, sandbox_id: str, address: str) -> None:
         """Let visitors in to a sandbox that has woken at an address, before SQL says so. `push` has to follow."""
@@ -65,7 +65,7 @@ class PlaneRoutes:
         if route is not None:
             await self._put(route)
         else:
-            await self._drop(sandbox_id, version)
+            await self.drop(sandbox_id, version)
 
     async def push_new(self, sandbox: Sandbox, version: int) -> None:
         """See `Routes.push_new`."""
@@ -73,7 +73,10 @@ class PlaneRoutes:
 
     async def drop(self, sandbox_id: str, version: int) -> None:
         """See `Routes.drop`."""
-        await self._drop(sandbox_id, version + 1)
+        try:
+            await self._plane.drop_sandbox(sandbox_id, version)
+        except PlaneError as error:
+            _note(error)
 
     async def push_running(self, sandbox_id: str, address: str) -> None:
         """See `Routes.push_running`."""
@@ -86,12 +89,6 @@ class PlaneRoutes:
     async def _put(self, route: SandboxRoute) -> None:
         try:
             await self._plane.put_sandbox(route)
-        except PlaneError as error:
-            _note(error)
-
-    async def _drop(self, sandbox_id: str, version: int) -> None:
-        try:
-            await self._plane.drop_sandbox(sandbox_id, version)
         except PlaneError as error:
             _note(error)
 

@@ -69,11 +69,26 @@ class SandboxService:
         only_in: tuple[SandboxState, ...] = LIVING,
     ) -> bool:
         """Record that a sandbox ended; False if somebody else already did."""
+        version = await self._record_end(sandbox, state, cause, detail, only_in=only_in)
+        if version is not None:
+            await self._context.routes.drop(sandbox.id, version)
+        return version is not None
+
+    async def _record_end(
+        self,
+        sandbox: Sandbox,
+        state: SandboxState,
+        cause: StopCause,
+        detail: str | None = None,
+        *,
+        only_in: tuple[SandboxState, ...] = LIVING,
+    ) -> int | None:
+        """The version of the change, None if there is nothing to change. The route is still to be dropped."""
         context = self._context
         at = context.clock()
 
-        def job(connection: sa.Connection) -> bool:
-            changed = rows.change(
+        def job(connection: sa.Connection) -> int | None:
+            if not rows.change(
                 connection,
                 sandbox.id,
                 only_in=only_in,
@@ -82,17 +97,16 @@ class SandboxService:
                 stop_detail=detail,
                 destroyed_at=at,
                 address=None,
-            )
-            if changed:
-                rows.end_pause(connection, sandbox.id, at)
-                sandbox_event(connection, state.value, sandbox, at=at, cause=cause.value)
-            return changed
+            ):
+                return None
+            rows.end_pause(connection, sandbox.id, at)
+            sandbox_event(connection, state.value, sandbox, at=at, cause=cause.value)
+            return rows.version_of(connection, sandbox.id)
 
-        changed = await context.database.write(job)
-        if changed:
+        version = await context.database.write(job)
+        if version is not None:
             context.events.announce()
-            await context.routes.push(sandbox.id)
-        return changed
+        return version
 
     async def list(self, principal: Principal, command: ListSandboxes) -> Page[Sandbox]:
         """One page of the workspace's sandboxes."""
@@ -187,15 +201,15 @@ class SandboxService:
         except VmmError as error:
             raise from_vmm(error) from error
 
-    async def destroy(self, principal: Principal, command: DestroySandbox) -> Sandbox:
+    async def destroy(self, principal: Principal, command: DestroySandbox) -> None:
         """End a sandbox. Raises sandbox_not_found.
 
-        From the commit on nobody reaches it through us; a host that cannot be told now is told by the reconciler.
+        When this returns nobody reaches it any more; a host that cannot be told now is told by the reconciler.
         """
         sandbox = await self._context.sandbox(principal, command.sandbox_id)
-        if await self.end(sandbox, SandboxState.DESTROYED, StopCause.REQUESTED):
-            await self.end_machine(sandbox.id)
-        return await self._context.sandbox(principal, command.sandbox_id)
+        version = await self._record_end(sandbox, SandboxState.DESTROYED, StopCause.REQUESTED)
+        if version is not None:
+            await asyncio.gather(self._context.routes.drop(sandbox.id, version), self.end_machine(sandbox.id))
 
     async def end_machine(self, sandbox_id: str) -> None:
         """Have the host destroy a machine; one that cannot be told now is told by the reconciler."""

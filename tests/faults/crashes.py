@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ from vmm.types import ChildSpec, Fork, MachineInfo, MachineSpec, MachineState, S
 
 STEADY = (MachineState.RUNNING, MachineState.FROZEN, MachineState.HIBERNATED)
 OVER = (MachineState.STOPPED, MachineState.FAILED)
+#: Memory of the machines that a host with a pool keeps ready; what the other cases make is of another size.
+POOLED_MIB = 192
 
 
 class Host(Protocol):
@@ -127,9 +129,12 @@ class Scene:
             ready = sum(snapshot.state == "ready" for snapshot in snapshots)
             images = {path.name for path in (self.host.home / "host" / "images").glob("*")} - {"chunks"}
             # A hibernated machine may share its image with the snapshot that was taken of it.
-            if self.host.units() == units and max(hibernated, ready) <= len(images) <= hibernated + ready:
+            stock = sum(pool.ready + pool.shells for pool in await self.client.pool_status(deadline=soon()))
+            others = self.host.units() - units
+            is_owned = units <= self.host.units() and len(others) == stock
+            if is_owned and max(hibernated, ready) <= len(images) <= hibernated + ready:
                 break
-            assert time.monotonic() < deadline, (self.host.units(), units, images, hibernated, ready)
+            assert time.monotonic() < deadline, (others, stock, units, images, hibernated, ready)
             await asyncio.sleep(0.02)
         drafts = [path for path in (self.host.home / "host").rglob("*") if path.suffix in (".new", ".draft")]
         assert drafts == []
@@ -167,6 +172,14 @@ async def hibernated(scene: Scene) -> None:
     await _paused(scene, hibernate=True)
 
 
+async def stocked(scene: Scene) -> None:
+    """With a unit in the pool."""
+    deadline = soon()
+    while not any(pool.ready for pool in await scene.client.pool_status(deadline=deadline)):
+        assert time.monotonic() < deadline, "the pool stays empty"
+        await asyncio.sleep(0.02)
+
+
 async def running(_: Scene) -> None:
     """As it is."""
 
@@ -195,6 +208,10 @@ class Case:
 
 def create(scene: Scene) -> Awaitable[object]:
     return scene.client.create_machine(scene.host.spec(scene.other), deadline=soon())
+
+
+def claim(scene: Scene) -> Awaitable[object]:
+    return scene.client.create_machine(replace(scene.host.spec(scene.other), memory_mib=POOLED_MIB), deadline=soon())
 
 
 def create_from_snapshot(scene: Scene) -> Awaitable[object]:
@@ -231,6 +248,7 @@ def delete_snapshot(scene: Scene) -> Awaitable[object]:
 
 CASES: dict[str, Case] = {
     "create": Case(running, create, ["start.started", "boot.written"]),
+    "claim": Case(stocked, claim, ["claim.thawed", "claim.named", "boot.written"]),
     "create-from-snapshot": Case(running, create_from_snapshot, [*MAKE, "boot.written"]),
     "pause": Case(running, pause, FREEZE),
     "hibernate": Case(running, hibernate, [*FREEZE, *HIBERNATE]),

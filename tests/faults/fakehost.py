@@ -24,7 +24,7 @@ import orjson
 from tests.support.fuse import Fuse
 from vmm.drivers.fake.keeper import KeptDriver
 from vmm.host import crash
-from vmm.host.config import HostConfig
+from vmm.host.config import HostConfig, PoolConfig
 from vmm.host.server import serve
 from vmm.types import MachineSpec
 
@@ -62,7 +62,7 @@ class Keeper:
         shutil.rmtree(self.directory)
 
 
-def _run(home: str, socket_path: str, keeper_socket: str, ready: Any) -> None:
+def _run(home: str, socket_path: str, keeper_socket: str, pool: PoolConfig, ready: Any) -> None:
     """hostd, in a process of its own."""
     keeper = Keeper.__new__(Keeper)
     keeper.socket_path = Path(keeper_socket)
@@ -73,6 +73,7 @@ def _run(home: str, socket_path: str, keeper_socket: str, ready: Any) -> None:
         memory_reserve_mib=0,
         disk_reserve_mib=0,
         hibernate_below_mib=0,
+        pool=pool,
     )
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for as long as the process lives
     asyncio.run(serve(config, KeptDriver(Path(keeper_socket)), ready=ready.set))
@@ -86,6 +87,7 @@ class FakeHost:
     keeper: Keeper
     counter: Sequence[str] = ("count", "0.002")
     process: BaseProcess | None = None
+    pool: PoolConfig = field(default_factory=PoolConfig)
     fuse: Fuse = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,7 +98,7 @@ class FakeHost:
     async def start(self) -> None:
         context = _fork_server()
         ready = context.Event()
-        arguments = (str(self.home), str(self.socket_path), str(self.keeper.socket_path), ready)
+        arguments = (str(self.home), str(self.socket_path), str(self.keeper.socket_path), self.pool, ready)
         self.process = context.Process(target=_run, args=arguments, daemon=True)
         self.process.start()
         assert await asyncio.to_thread(ready.wait, 20), "hostd did not start"

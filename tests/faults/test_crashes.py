@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.crashes import CASES, DEATHS, Scene, die, ending
+from tests.faults.crashes import CASES, DEATHS, POOLED_MIB, Scene, die, ending
 from tests.faults.fakehost import FakeHost, Keeper, keeper
 from tests.support.fuse import HOSTD
 from vmm.client import HostClient
+from vmm.drivers.base import Shape
+from vmm.host.config import PoolConfig
 
+#: One unit, of a shape that only the case about it asks for.
+POOL = PoolConfig(shapes=(Shape("default", 1.0, POOLED_MIB, 3072),), ready_min=1, ready_max=1)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -24,8 +28,8 @@ def units() -> Iterator[Keeper]:
 
 
 @asynccontextmanager
-async def scene(home: Path, units: Keeper) -> AsyncIterator[Scene]:
-    host = FakeHost(home, units)
+async def scene(name: str, home: Path, units: Keeper) -> AsyncIterator[Scene]:
+    host = FakeHost(home, units, pool=POOL if name == "claim" else PoolConfig())
     try:
         await host.start()
         async with HostClient(str(host.socket_path)) as client:
@@ -54,10 +58,11 @@ def test_every_point_is_died_at() -> None:
 @pytest.mark.parametrize("name", CASES)
 async def test_the_operation_passes_its_points(name: str, tmp_path: Path, units: Keeper) -> None:
     case = CASES[name]
-    async with scene(tmp_path / "home", units) as here:
+    async with scene(name, tmp_path / "home", units) as here:
         await case.before(here)
         here.host.fuse.light("none", HOSTD)
         assert await ending(case.act(here)) is None
+        await here.settled()
         assert list(dict.fromkeys(here.host.fuse.labels())) == case.labels
         here.host.fuse.path.unlink()
         await here.check_nothing_left()
@@ -67,5 +72,5 @@ async def test_the_operation_passes_its_points(name: str, tmp_path: Path, units:
 async def test_a_death_leaves_the_old_state_or_the_new(
     name: str, label: str, victim: str, tmp_path: Path, units: Keeper
 ) -> None:
-    async with scene(tmp_path / "home", units) as here:
+    async with scene(name, tmp_path / "home", units) as here:
         await die(here, name, label, victim)

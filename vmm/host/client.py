@@ -22,7 +22,6 @@ from vmm.host.machine import Machine
 from vmm.host.operations import Host
 from vmm.host.transfer import Download, Upload
 from vmm.link import VERSION
-from vmm.types import MachineInfo, SnapshotInfo
 from vmm.wire import FrameProtocol
 
 logger = logging.getLogger(__name__)
@@ -197,9 +196,8 @@ class _Events:
     def leave(self) -> None:
         self._unwatch()
 
-    def _on_change(self, change: MachineInfo | SnapshotInfo) -> None:
-        kind = "machine" if isinstance(change, MachineInfo) else "snapshot"
-        self._client.send_json(frames.EVENT, self._id, {"type": kind, kind: change})
+    def _on_change(self, event: bytes) -> None:
+        self._client.wire.send(frames.encode(frames.EVENT, 0, self._id, event))
 
 
 class _Splice:

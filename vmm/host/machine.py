@@ -52,8 +52,8 @@ class Machine:
         self.busy = 0
         #: Set once it runs or has ended.
         self.settled = asyncio.Event()
-        #: Set once nothing in the machine runs any more.
-        self.dead = asyncio.Event()
+        #: Set once nobody can reach it any more. Its processes may take some milliseconds more to end.
+        self.gone = asyncio.Event()
         self.error: MachineError | None = None
         self._driver = parts.driver
         self._config = config
@@ -177,7 +177,7 @@ class Machine:
                 await self._end(end)
         finally:
             # Whatever happened, nobody is to wait for ever.
-            self.dead.set()
+            self.gone.set()
             self.settled.set()
 
     async def _run(self) -> Exit | None:
@@ -265,7 +265,7 @@ class Machine:
         return await asyncio.shield(self._enqueue(move).done)
 
     def _enqueue(self, move: Move, *, is_wake: bool = False) -> _Request:
-        if self._stop is not None or self.dead.is_set() or self.record.is_over:
+        if self._stop is not None or self.gone.is_set() or self.record.is_over:
             raise MachineError("machine_not_running", f"machine {self.id} has ended", detail=self.record.cause)
         request = _Request(move, asyncio.get_running_loop().create_future(), is_wake)
         # Nobody need be interested in how it ends.
@@ -300,7 +300,7 @@ class Machine:
         except VmmError as error:
             request.done.set_exception(error)
         except asyncio.CancelledError:
-            request.done.set_exception(self._gone())
+            request.done.set_exception(self._has_ended())
             if self._stop is None:
                 raise
         except Exception:
@@ -343,24 +343,15 @@ class Machine:
     async def _end(self, end: Exit) -> None:
         self._body.begin_end(end)
         while self._requests:
-            self._requests.popleft().done.set_exception(self._gone())
-        dying = asyncio.create_task(self._die(), name=f"death of {self.id}")
+            self._requests.popleft().done.set_exception(self._has_ended())
+        self.gone.set()
         try:
             await self._body.finish_end(is_failed=self.error is not None)
         finally:
-            self.dead.set()
-            dying.cancel()
             if self._end_of_unit is not None:
                 self._end_of_unit.cancel()
-        self.settled.set()
 
-    async def _die(self) -> None:
-        """The sandbox ends well before all it held is free; whoever asked for the end need not wait for that."""
-        if self._end_of_unit is not None:
-            await asyncio.wait([self._end_of_unit])
-        self.dead.set()
-
-    def _gone(self) -> MachineError:
+    def _has_ended(self) -> MachineError:
         cause = self.record.cause if self._stop is None else self._stop.cause
         return MachineError("machine_not_running", "the machine has ended", detail=cause)
 

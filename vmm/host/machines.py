@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 
+import orjson
+
 from vmm.drivers.base import Driver
 from vmm.errors import MachineError, VmmError
 from vmm.host.admission import available_memory_bytes, check_disk, check_id, check_memory, check_spec
@@ -70,7 +72,7 @@ class Machines:
         self._machines: dict[str, Machine] = {}
         #: Ids of those that hold resources: counting them at each create would take longer than the rest of it.
         self._live: set[str] = set()
-        self._watchers: set[Callable[[Change], None]] = set()
+        self._watchers: set[Callable[[bytes], None]] = set()
         self._is_closing = False
         self._chores: list[asyncio.Task[None]] = []
         self.snapshots = Snapshots(Journal(host / "snapshots", SnapshotRecord), self._changed)
@@ -120,7 +122,7 @@ class Machines:
             await asyncio.to_thread(self._journal.save, ended)
         machine = self._new_machine(ended)
         machine.settled.set()
-        machine.dead.set()
+        machine.gone.set()
 
     async def close(self) -> None:
         """End every machine that runs and leave those that are paused in their images; give the host back as it was."""
@@ -214,12 +216,12 @@ class Machines:
         return machine.record.info()
 
     async def destroy(self, machine_id: str, cause: StopCause) -> bool:
-        """End a machine; returns, once nothing in it runs, whether it was there to end."""
+        """End a machine; returns, once nobody can reach it any more, whether it was there to end."""
         machine = self._machines.get(machine_id)
-        if machine is None or machine.dead.is_set():
+        if machine is None or machine.gone.is_set():
             return False
         machine.stop(cause)
-        await machine.dead.wait()
+        await machine.gone.wait()
         return True
 
     def find(self, machine_id: str) -> Machine:
@@ -264,8 +266,8 @@ class Machines:
             raise MachineError("machine_paused", f"machine {machine_id} is hibernated")
         return await self.driver.stats(unit)
 
-    def watch(self, watcher: Callable[[Change], None]) -> Callable[[], None]:
-        """Call `watcher` on every change of state from now on; returns how to stop that."""
+    def watch(self, watcher: Callable[[bytes], None]) -> Callable[[], None]:
+        """Call `watcher` with the event of every change of state from now on; returns how to stop that."""
         self._watchers.add(watcher)
         return lambda: self._watchers.discard(watcher)
 
@@ -278,8 +280,12 @@ class Machines:
     def _changed(self, change: Change) -> None:
         if change.state in _OVER:
             self._live.discard(change.id)
-        for watcher in list(self._watchers):
-            watcher(change)
+        if self._watchers:
+            # Made once for all who watch.
+            kind = "machine" if isinstance(change, MachineInfo) else "snapshot"
+            event = orjson.dumps({"type": kind, kind: change})
+            for watcher in list(self._watchers):
+                watcher(event)
 
     def _admit(self, spec: MachineSpec) -> None:
         """Refuse what is malformed, too large, or more than the host can take now."""

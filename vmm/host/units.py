@@ -83,8 +83,11 @@ class Units:
             if unit.line.is_held:
                 await self._driver.thaw(unit.id)
                 unit.line.release()
+            point("claim.thawed")
             async with self._agent_answering(unit):
-                return replace(unit, hooks=await write_names(unit.line, spec, unit.placement, has_resolvers=True))
+                hooks = await write_names(unit.line, spec, unit.placement, has_resolvers=True)
+            point("claim.named")
+            return replace(unit, hooks=hooks)
 
     async def start(self, spec: MachineSpec, shell: Shell | None = None) -> Unit:
         """A unit with the template's files, in a shell or from nothing."""

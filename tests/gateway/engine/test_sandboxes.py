@@ -48,12 +48,14 @@ async def test_a_sandbox_lives_and_ends(engine: Engine, principal: Principal, ro
     assert await engine.get_sandbox_by_name(principal, GetSandboxByName(made.slug)) == made
     assert await machine_ids(engine) == {made.id}
 
-    ended = await engine.destroy_sandbox(principal, DestroySandbox(made.id))
+    await engine.destroy_sandbox(principal, DestroySandbox(made.id))
+    ended = await engine.get_sandbox(principal, GetSandbox(made.id))
     assert (ended.state, ended.stop_cause, ended.address) == (DESTROYED, "requested", None)
     assert ended.destroyed_at is not None
     assert await machine_ids(engine) == set()
-    assert await engine.destroy_sandbox(principal, DestroySandbox(made.id)) == ended
-    assert routes.pushed == [made.id, made.id]
+    await engine.destroy_sandbox(principal, DestroySandbox(made.id))
+    assert await engine.get_sandbox(principal, GetSandbox(made.id)) == ended
+    assert routes.pushed == [made.id, f"{made.id} dropped"]
     names = await event_types(engine, principal, made.id)
     assert names == ["sandbox.created", "sandbox.running", "sandbox.destroyed"]
 
@@ -169,7 +171,7 @@ async def test_destroying_what_still_starts_leaves_no_machine(
 
 
 async def test_waiting_ends_when_it_runs(engine: Engine, principal: Principal, driver: FakeDriver) -> None:
-    driver.faults = Faults(start_delay_s=0.2)
+    driver.faults = Faults(start_delay_s=1.0)
     command = create()
     creating = asyncio.create_task(engine.create_sandbox(principal, command))
     await until(lambda: engine_has(engine, principal, command.effect_id))
