@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from vmm.errors import MachineError
 from vmm.host.config import HostConfig
@@ -15,6 +14,8 @@ _MEMORY_MIB_MIN = 128
 _DISK_MIB_MIN = 16
 _CPU_COUNT_MIN = 0.05
 _MIB = 1024 * 1024
+#: More than /proc/meminfo has.
+_MEMINFO_BYTES = 16384
 
 
 def check_spec(spec: MachineSpec, config: HostConfig) -> None:
@@ -52,9 +53,11 @@ def check_disk(config: HostConfig) -> None:
         raise MachineError("no_capacity", "the host is short of disk space")
 
 
-def available_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """What the kernel could give without swapping."""
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+def available_memory_bytes(meminfo: str = "/proc/meminfo") -> int:
+    """What the kernel could give without swapping. Asked at every create and refill, so it is read in one piece."""
+    descriptor = os.open(meminfo, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _, _, rest = os.read(descriptor, _MEMINFO_BYTES).partition(b"MemAvailable:")
+    finally:
+        os.close(descriptor)
+    return int(rest.split(None, 1)[0]) * 1024 if rest else 0

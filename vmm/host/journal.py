@@ -151,7 +151,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def _give_name(draft: Path, path: Path) -> None:
+def _give_name(draft: str, path: str) -> None:
     """Put a draft in a file's place, at one instant.
 
     By exchange, because ext4 begins to write a file to the disk when it is renamed over another: on a busy disk that is
@@ -159,9 +159,9 @@ def _give_name(draft: Path, path: Path) -> None:
     """
     names = os.fsencode(draft), os.fsencode(path)
     if _libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
-        draft.unlink()
+        Path(draft).unlink()
     else:  # there is no such file yet, or the file system cannot exchange
-        draft.rename(path)
+        Path(draft).rename(path)
 
 
 @dataclass(slots=True)
@@ -188,10 +188,14 @@ class Journal(Generic[T]):
     def save(self, record: T) -> None:
         """Write a record in place of the earlier one. Raises OSError."""
         path = self._path(record.id)
-        draft = path.with_suffix(_DRAFT)
+        draft = f"{self.directory}/{record.id}{_DRAFT}"
+        content = orjson.dumps(record)
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(orjson.dumps(record))
+        try:
+            while content:
+                content = content[os.write(descriptor, content) :]
+        finally:
+            os.close(descriptor)
         _give_name(draft, path)
 
     def sync(self, record_id: str) -> None:
@@ -205,7 +209,8 @@ class Journal(Generic[T]):
 
     def remove(self, record_id: str) -> None:
         """Forget a record."""
-        self._path(record_id).unlink(missing_ok=True)
+        Path(self._path(record_id)).unlink(missing_ok=True)
 
-    def _path(self, record_id: str) -> Path:
-        return self.directory / f"{record_id}.json"
+    def _path(self, record_id: str) -> str:
+        # Not a `Path`: those are made in ten times the time, and a record is saved at every step of a machine.
+        return f"{self.directory}/{record_id}.json"

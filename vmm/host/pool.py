@@ -33,6 +33,8 @@ _POOLS_MAX = 32
 #: MiB that a unit takes; of a ready one, until the first was measured.
 _WEIGHT_MIB = {Kind.READY: 48.0, Kind.SHELL: 24.0}
 _MIB = 1024 * 1024
+#: After a claim, its owner's first command needs the processors: a refill that is not urgent waits for that.
+_REST_S = 0.1
 #: What has gone wrong with the unit and not with what was wanted of it.
 _UNITS_FAULT = frozenset({"driver_failed", "machine_not_running", "agent_unreachable"})
 
@@ -57,6 +59,9 @@ class Pool:
         self._watches: dict[int, asyncio.Task[None]] = {}
         self._makes: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
+        #: Claims that are over and still hold up refills.
+        self._resting = 0
+        self._rest: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -67,6 +72,8 @@ class Pool:
     async def close(self) -> None:
         """Make nothing more and give up all there is."""
         await stop(self._task)
+        if self._rest is not None:
+            self._rest.cancel()
         self._scheduler.drain()
         for task in list(self._makes):
             await stop(task)
@@ -127,7 +134,7 @@ class Pool:
             yield None
             return
         claimed = self._scheduler.claim(pool, time.monotonic())
-        with self._settling():
+        with self._settling(pool):
             yield None if claimed is None else self._take(claimed.unit)
 
     @contextmanager
@@ -137,17 +144,30 @@ class Pool:
             yield None
             return
         claimed = self._scheduler.claim_shell(pool, time.monotonic())
-        with self._settling():
+        with self._settling(pool):
             shell = None if claimed is None else self._take(claimed)
             yield shell if isinstance(shell, Shell) else None
 
     @contextmanager
-    def _settling(self) -> Iterator[None]:
+    def _settling(self, pool: int) -> Iterator[None]:
         try:
             yield
         finally:
+            self._resting += 1
+            if self._rest is not None:
+                self._rest.cancel()
+            status = self._scheduler.status(pool, time.monotonic())
+            if 2 * status.ready < status.target_ready:
+                self._settle()
+            else:
+                self._rest = asyncio.get_running_loop().call_later(_REST_S, self._settle)
+
+    def _settle(self) -> None:
+        """Let refills begin."""
+        while self._resting:
+            self._resting -= 1
             self._scheduler.settled()
-            self._changed.set()
+        self._changed.set()
 
     def _take(self, number: int) -> Unit | Shell:
         self._watches.pop(number).cancel()
