@@ -87,7 +87,7 @@ async def real_agent(directory: Path, *, hooks: Path = Path("/nonexistent")) -> 
     )
     try:
         assert process.stdout is not None
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             port = int(await process.stdout.readline())
         rig = Rig(tcp("127.0.0.1", port), token, str(directory))
         try:
@@ -97,5 +97,5 @@ async def real_agent(directory: Path, *, hooks: Path = Path("/nonexistent")) -> 
     finally:
         # Told rather than killed: it ends the processes that tests have left.
         process.terminate()
-        async with asyncio.timeout(10):
-            await process.wait()
+        async with asyncio.timeout(60):
+            await process.communicate()
