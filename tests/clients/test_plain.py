@@ -108,7 +108,7 @@ def list_processes(api: httpx.Client, sandbox: str) -> list[dict[str, str]]:
 
 async def read_until(socket: ClientConnection, wanted: bytes) -> bytes:
     seen = b""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while wanted not in seen:
             frame = await socket.recv()
             seen += frame if isinstance(frame, bytes) else frame.encode()
@@ -159,7 +159,7 @@ async def test_terminal_of_a_connection_ends_with_it(api: httpx.Client, server: 
     url = f"{server.base_url}{sandbox}/terminal/stream".replace("http", "ws", 1)
     async with connect(url, additional_headers={"authorization": f"Bearer {server.api_key}"}) as socket:
         await read_until(socket, b"$")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while "running" in [item["state"] for item in (await asyncio.to_thread(list_processes, api, sandbox))]:
             await asyncio.sleep(0.05)
 

@@ -25,7 +25,7 @@ async def test_a_child_whose_descendant_keeps_its_output_open_is_started_again_a
     await child.start()
     keeper = asyncio.create_task(child.keep_running())
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not pids.exists() or len(pids.read_text().split()) < 2:
                 await asyncio.sleep(0.02)
         await child.stop(1.0, asyncio.Event())

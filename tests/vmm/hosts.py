@@ -38,7 +38,7 @@ async def host_in_process(home: Path, socket_path: Path, driver: FakeDriver, **s
     task = asyncio.create_task(serve(configuration(home, socket_path, **settings), driver, ready=ready.set))
     waiting = asyncio.create_task(ready.wait())
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             task.result()
@@ -62,7 +62,7 @@ class HostProcess:
             sys.executable, "-c", _PROGRAM, str(self.home), str(self.socket_path), stdout=asyncio.subprocess.PIPE
         )
         assert self.process.stdout is not None
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await self.process.stdout.readline() == b"ready\n"
 
     async def kill(self) -> None:

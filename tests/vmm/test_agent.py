@@ -381,7 +381,7 @@ async def test_roots_confine_file_operations(rig: Rig) -> None:
 
 
 async def test_changes_are_told_and_a_break_shows_as_overflow(rig: Rig) -> None:
-    async with await rig.agent.watch(rig.root) as watch, asyncio.timeout(10):
+    async with await rig.agent.watch(rig.root) as watch, asyncio.timeout(60):
         await rig.agent.write(f"{rig.root}/seen", b"x")
         while (event := await anext(watch)).path != f"{rig.root}/seen":
             pass

@@ -155,7 +155,7 @@ async def test_every_agent_shares_one_connection(client: HostClient, driver: Fak
 
 async def test_events_tell_what_is_and_what_changes(client: HostClient, driver: FakeDriver) -> None:
     first = await client.create_machine(spec())
-    async with asyncio.timeout(20), _events(client) as events:
+    async with asyncio.timeout(60), _events(client) as events:
         assert (await anext(events)).id == first.id
         second = await client.create_machine(spec())
         await _event(events, lambda m: m.id == second.id and m.state == MachineState.RUNNING)

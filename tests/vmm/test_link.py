@@ -22,7 +22,7 @@ FULL = frames.DATA_BYTES_MAX
 
 @asynccontextmanager
 async def joined(peer: Peer) -> AsyncIterator[Link]:
-    async with asyncio.timeout(10), listening(peer) as dial:
+    async with asyncio.timeout(60), listening(peer) as dial:
         link = await Link.connect(dial, role="host", token="t0")
         try:
             yield link

@@ -47,7 +47,7 @@ async def pooled(
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -58,7 +58,7 @@ async def status(client: HostClient) -> PoolStatus:
 
 
 async def filled(client: HostClient, *, ready: int = 2, shells: int = 1) -> PoolStatus:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while ((found := await status(client)).ready, found.shells) < (ready, shells):
             await asyncio.sleep(0.005)
     return found
@@ -136,7 +136,7 @@ async def test_other_shapes_are_cold_and_kept_once_asked_for_again(tmp_path: Pat
         async def has_stock() -> bool:
             return any(pool.memory_mib == 512 and pool.ready for pool in await client.pool_status())
 
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not await has_stock():
                 await asyncio.sleep(0.005)
         assert (await client.create_machine(spec(memory_mib=512))).origin is Origin.READY

@@ -125,7 +125,7 @@ async def driver(tmp_path: Path) -> AsyncIterator[FakeDriver]:
     ready = asyncio.Event()
     config = HostConfig(home=tmp_path, socket_path=tmp_path / "hostd.sock", memory_reserve_mib=0, disk_reserve_mib=0)
     hostd = asyncio.create_task(serve(config, driver, ready=ready.set))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await ready.wait()
     yield driver
     hostd.cancel()

@@ -52,7 +52,7 @@ async def machines(engine: Engine) -> list[str]:
 
 async def until_machines(engine: Engine, wanted: list[str]) -> None:
     """A builder's machine goes just after its build has ended."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while await machines(engine) != wanted:
             await asyncio.sleep(0.02)
 
@@ -68,7 +68,7 @@ async def newest(engine: Engine, principal: Principal, template: Template) -> Bu
 async def ended(engine: Engine, principal: Principal, template: Template) -> tuple[Build, list[BuildLine]]:
     build = await newest(engine, principal, template)
     items: list[BuildLine | Build] = []
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         async for item in await engine.stream_build_log(principal, StreamBuildLog(build.id)):
             items.append(item)  # noqa: PERF401 - the line is clearer
     last = items.pop()
@@ -275,7 +275,7 @@ async def test_a_build_whose_builder_died_is_ended_by_the_reconciler(engine: Eng
 async def test_a_builder_at_work_keeps_its_machine(engine: Engine, principal: Principal) -> None:
     template = await make(engine, principal, spec("echo here", "sleep 1000"))
     build = await newest(engine, principal, template)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not texts(await engine.get_build_log(principal, GetBuildLog(build.id)), "stdout"):
             await asyncio.sleep(0.02)
     await Reconciler(engine, Pace(orphan_s=0.0)).reconcile()

@@ -71,7 +71,7 @@ async def codes_of(*attempts: Awaitable[object]) -> list[str]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not await condition():  # type: ignore[misc]
             await asyncio.sleep(0.02)
 
@@ -306,7 +306,7 @@ async def test_changes_are_watched(real: Engine, principal: Principal, box: Sand
     changes = await real.watch_path(principal, WatchPath(box.id, root))
     await shell(real, principal, box, f"echo x > {root}/f; mv {root}/f {root}/g; rm {root}/g", user="root")
     seen: list[tuple[str, str]] = []
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         async for change in changes:
             seen.append((change.kind, change.path.removeprefix(root)))
             if change.kind == "deleted":
@@ -351,7 +351,7 @@ async def test_closing_a_terminal_ends_its_shell(real: Engine, principal: Princi
     session = await real.open_terminal(principal, OpenTerminal(box.id, new_id()))
     terminal = await real.attach_terminal(principal, box.id, session.id)
     await real.close_terminal(principal, CloseTerminal(box.id, session.id))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         async for _ in terminal:
             pass
     assert terminal.exit is not None
@@ -361,7 +361,7 @@ async def test_closing_a_terminal_ends_its_shell(real: Engine, principal: Princi
 
 async def shown(terminal: AsyncIterator[bytes], end: bytes) -> bytes:
     seen = b""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while end not in seen:
             seen += await anext(terminal)
     return seen
@@ -381,7 +381,7 @@ async def test_logs_gather_what_background_processes_wrote(real: Engine, princip
     stream = await real.stream_logs(principal, StreamLogs(box.id, 100))
     later = await real.start_process(principal, StartProcess(box.id, new_id(), shell=f"echo {mark}-3"))
     seen = b""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not all(f"{mark}-{number}".encode() in seen for number in (1, 2, 3)):
             seen += (await anext(stream)).data
     await stream.aclose()

@@ -54,7 +54,7 @@ async def watcher(engine: Engine) -> AsyncIterator[None]:
 
 
 async def become(engine: Engine, principal: Principal, sandbox_id: str, state: SandboxState) -> Sandbox:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             sandbox = await engine.get_sandbox(principal, GetSandbox(sandbox_id))
             if sandbox.state is state:

@@ -52,7 +52,7 @@ async def settle(engine: Engine) -> None:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not await condition():  # type: ignore[misc]
             await asyncio.sleep(0.01)
 
@@ -178,7 +178,7 @@ async def test_one_of_several_reconcilers_works_and_another_follows(engine: Engi
 
 async def reconciles(engine: Engine, principal: Principal) -> bool:
     sandbox = await put_running(engine, principal)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (await state_of(engine, principal, sandbox.id))[0] is RUNNING:
             await asyncio.sleep(0.01)
     return True

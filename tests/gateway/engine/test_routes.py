@@ -108,7 +108,7 @@ def new_id() -> str:
 
 
 async def until_status(served: Served, wanted: int, target: str = "/") -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await served.status(target) != wanted:
             await asyncio.sleep(0.02)
 
@@ -166,7 +166,7 @@ async def test_a_plane_that_lost_everything_is_told_everything(served: Served) -
     await served.open_port("private")
     await served.plane.start()
     await served.client.wait_connected(10)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await served.status(key=key.secret) != 200:
             await asyncio.sleep(0.02)
     assert await served.status() in {401, 403}
@@ -184,7 +184,7 @@ async def test_other_workers_are_woken_by_a_poke(served: Served, plane: Plane) -
     async with PlaneClient(str(plane.control_socket), on_poke=lambda topic, _: woken.set()) as other:
         await other.wait_connected(10)
         served.engine.context.events.announce()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await woken.wait()
 
 
@@ -195,7 +195,7 @@ async def test_visitors_of_a_paused_sandbox_wake_it_and_are_served(served: Serve
     paused = await served.engine.pause_sandbox(served.principal, PauseSandbox(served.sandbox.id, hibernate=hibernate))
     assert paused.state is SandboxState.PAUSED
     assert await asyncio.gather(*(served.status() for _ in range(5))) == [200] * 5
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while await state(served) is not SandboxState.RUNNING:
             await asyncio.sleep(0.01)
     assert await served.status() == 200
@@ -219,6 +219,6 @@ async def state(served: Served) -> SandboxState:
 
 
 async def until_served(served: Served) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await served.status() != 200:
             await asyncio.sleep(0.05)

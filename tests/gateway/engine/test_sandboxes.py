@@ -221,6 +221,6 @@ async def no_machines(engine: Engine) -> bool:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not await condition():  # type: ignore[misc]
             await asyncio.sleep(0.01)

@@ -71,7 +71,7 @@ async def faults_of(engine: Engine, driver: FakeDriver, sandbox: Sandbox) -> Fau
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not await condition():  # type: ignore[misc]
             await asyncio.sleep(0.01)
 

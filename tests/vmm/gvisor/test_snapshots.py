@@ -139,7 +139,7 @@ class Unit:
 
     async def echo(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection to the echo program that has been used."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 with contextlib.suppress(OSError):
                     reader, writer = await asyncio.open_connection(self.address, _PORT)
@@ -150,7 +150,7 @@ class Unit:
 
     async def report(self) -> dict[str, Any]:
         """What the writer says of itself; waits until it listens."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 with contextlib.suppress(OSError):
                     reader, writer = await asyncio.open_connection(self.address, _PORT)

@@ -36,7 +36,7 @@ async def frames(response: httpx.Response):
 
 
 async def collect(api: httpx.AsyncClient, method: str, path: str, **options) -> list[tuple]:
-    async with asyncio.timeout(10), api.stream(method, path, **options) as response:
+    async with asyncio.timeout(60), api.stream(method, path, **options) as response:
         assert response.status_code == 200, await response.aread()
         assert response.headers["content-type"].startswith("text/event-stream")
         return [frame async for frame in frames(response)]
@@ -256,7 +256,7 @@ async def test_output_that_cannot_begin_is_an_error_as_ever(front, sandbox, path
 async def test_leaving_an_exec_stream_kills_the_command(api, front, sandbox):
     async with front.stream("POST", f"{sandbox}/exec/stream", json={"command": "yes"}) as response:
         assert await anext(frames(response))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while any(item["running"] for item in (await api.get(f"{sandbox}/processes")).json()["data"]):
             await asyncio.sleep(0.02)
 
@@ -284,7 +284,7 @@ async def test_process_is_signalled_and_stopped(api, sandbox):
         method, suffix, body = end
         answer = await api.request(method, f"{sandbox}/processes/{pid}{suffix}", json=body)
         assert answer.status_code in (200, 204)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (state := (await api.get(f"{sandbox}/processes/{pid}")).json())["running"]:
                 await asyncio.sleep(0.02)
         assert code in (None, state["exit_code"])
@@ -413,7 +413,7 @@ async def test_reading_a_directory_or_nothing(api, sandbox):
 
 
 async def test_watch(api, sandbox):
-    async with asyncio.timeout(10), api.stream("GET", f"{sandbox}/files/watch?path=/workspace") as response:
+    async with asyncio.timeout(60), api.stream("GET", f"{sandbox}/files/watch?path=/workspace") as response:
         assert response.status_code == 200
         await api.post(f"{sandbox}/files", json={"path": "/workspace/new", "content": "x"})
         async for kind, data, _ in frames(response):
@@ -526,12 +526,12 @@ async def test_environment(api, sandbox):
 
 async def test_logs(api, sandbox):
     await api.post(f"{sandbox}/processes", json={"command": "echo one; echo two"})
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (body := (await api.get(f"{sandbox}/logs", params={"lines": 1})).json())["lines"] != ["two"]:
             await asyncio.sleep(0.02)
     assert_hybrid(body)
     assert body["logs"] == "two\n"
-    async with asyncio.timeout(10), api.stream("GET", f"{sandbox}/logs/stream") as response:
+    async with asyncio.timeout(60), api.stream("GET", f"{sandbox}/logs/stream") as response:
         async for kind, data, _ in frames(response):
             assert kind == "stdout"
             if data["line"] == "two\n":
@@ -589,7 +589,7 @@ async def test_bad_keys(api, body):
 
 
 async def next_event(api, path, **options) -> tuple:
-    async with asyncio.timeout(10), api.stream("GET", path, **options) as response:
+    async with asyncio.timeout(60), api.stream("GET", path, **options) as response:
         assert response.status_code == 200, await response.aread()
         return await anext(frames(response))
 

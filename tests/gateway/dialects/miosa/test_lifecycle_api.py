@@ -19,7 +19,7 @@ def assert_hybrid(body: dict[str, Any]) -> None:
 
 async def frames(api: httpx.AsyncClient, path: str) -> list[dict[str, Any]]:
     """The data of every event of a stream that ends by itself."""
-    async with asyncio.timeout(20), api.stream("GET", path) as answer:
+    async with asyncio.timeout(60), api.stream("GET", path) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         return [orjson.loads(line[6:]) async for line in answer.aiter_lines() if line.startswith("data: ")]
 
@@ -138,7 +138,7 @@ async def test_forks_show_their_lineage(api, sandbox):
 async def test_checkpoints_are_in_the_event_stream(api, sandbox):
     taken = (await api.post(f"{sandbox}/snapshot", json={})).json()
     kinds = []
-    async with asyncio.timeout(10), api.stream("GET", "/events?types=checkpoint.*&last_event_id=0") as answer:
+    async with asyncio.timeout(60), api.stream("GET", "/events?types=checkpoint.*&last_event_id=0") as answer:
         async for line in answer.aiter_lines():
             if line.startswith("data: "):
                 event = orjson.loads(line[6:])
