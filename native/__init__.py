@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["BinaryMissing", "agent_path", "plane_path"]
+__all__ = ["BinaryMissing", "agent_path", "jailer_path", "plane_path"]
 
 _BIN = Path(__file__).resolve().parent / "bin"
 
@@ -19,6 +19,11 @@ class BinaryMissing(FileNotFoundError):
 def agent_path() -> Path:
     """The static `sandgate-agent`, PID 1 of every machine. Raises BinaryMissing when it has not been built."""
     return _binary("sandgate-agent")
+
+
+def jailer_path() -> Path:
+    """The `sandgate-jailer`, which becomes a sandbox's kernel. Raises BinaryMissing when it has not been built."""
+    return _binary("sandgate-jailer")
 
 
 def plane_path() -> Path:

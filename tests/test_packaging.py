@@ -74,7 +74,7 @@ def test_the_wheel_holds_the_compiled_parts(wheel: zipfile.ZipFile) -> None:
 
     assert [name for name in names if name.startswith("native/_core.") and name.endswith(".so")]
     assert [name for name in names if name.startswith("native/_frames.") and name.endswith(".so")]
-    for program in ("native/bin/sandgate-agent", "native/bin/sandgate-plane"):
+    for program in ("native/bin/sandgate-agent", "native/bin/sandgate-jailer", "native/bin/sandgate-plane"):
         assert wheel.getinfo(program).external_attr >> 16 & stat.S_IXUSR
 
 

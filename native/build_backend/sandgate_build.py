@@ -2,7 +2,7 @@
 
     build_wheel / build_editable
         1. native/*.pyx                → native/*.so                 (Cython and the C compiler)
-        2. native/crates/agent, plane  → native/bin/sandgate-*       (cargo)
+        2. native/crates/{agent,jailer,plane} → native/bin/sandgate-* (cargo)
         3. native/crates/pyext         → native/_core.so, the wheel  (maturin)
 
 Every step is incremental: cargo and Cython rebuild only what changed. `SANDGATE_CARGO_PROFILE=dev` builds the
@@ -33,7 +33,7 @@ import maturin
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "native"
 BIN = NATIVE / "bin"
-PROGRAMS = ("sandgate-agent", "sandgate-plane")
+PROGRAMS = ("sandgate-agent", "sandgate-jailer", "sandgate-plane")
 #: Sets of programs that a build cache keeps; the oldest go first.
 PROGRAM_SETS_MAX = 8
 #: What it keeps of compiled crates; nothing else ever removes what old checkouts and compilers left.
@@ -141,11 +141,11 @@ def build_cython() -> None:
 
 
 def build_programs() -> None:
-    """Build the agent and the plane, static, and publish them in `native/bin`."""
+    """Build the programs, static, and publish them in `native/bin`."""
     profile = os.environ.get("SANDGATE_CARGO_PROFILE", "release")
     compiler = subprocess.run(["rustc", "-vV"], check=True, capture_output=True, text=True).stdout
     host = host_triple(compiler)
-    # The agent runs inside root file systems that we do not choose, so it brings its own C library; the plane shares
+    # The agent runs inside root file systems that we do not choose, so it brings its own C library; the others share
     # its build. The flag goes through an explicit target: as RUSTFLAGS it would also hit build scripts and macros.
     flags = {f"CARGO_TARGET_{host.upper().replace('-', '_')}_RUSTFLAGS": "-C target-feature=+crt-static"}
     command = ["cargo", "build", "--manifest-path", str(NATIVE / "Cargo.toml"), "--locked", "--profile", profile]

@@ -54,7 +54,7 @@ class RealHost:
         return self._groups.machines()
 
     def alive(self) -> set[str]:
-        lines = [line for _, line in processes() if "runsc-sandbox" in line]
+        lines = [line for _, line in processes() if line.startswith("runsc-sandbox")]
         return {unit for unit in self._groups.machines() if any(unit in line for line in lines)}
 
 

@@ -50,7 +50,7 @@ def _kill_sandboxes(instance: str, count: int) -> None:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             line = path.read_bytes()
-            if b"runsc-sandbox" in line and instance.encode() in line:
+            if line.startswith(b"runsc-sandbox") and instance.encode() in line:
                 sandboxes.append(int(path.parent.name))
     for pid in sorted(sandboxes)[-count:]:
         os.kill(pid, signal.SIGKILL)

@@ -203,6 +203,14 @@ def test_the_layout_of_version_two_is_understood(tmp_path: Path) -> None:
     assert hierarchy.tree("memory") == Path("/sys/fs/cgroup")
 
 
+def test_in_version_2_a_machine_gets_one_group_with_every_controller(tmp_path: Path) -> None:
+    [group] = cgroups.Groups(cgroups.Hierarchy(tmp_path, {}), "0123abcd").make("unit", pids_max=10)
+    assert group == tmp_path / "sandgate-0123abcd" / "unit"
+    assert (group / "pids.max").read_text() == "10"
+    for above in group.parents[:2]:
+        assert (above / "cgroup.subtree_control").read_text() == "+cpu +memory +pids"
+
+
 def test_instances_differ_by_data_directory(tmp_path: Path) -> None:
     assert instance_id(tmp_path / "a") != instance_id(tmp_path / "b")
     (tmp_path / "a").mkdir()

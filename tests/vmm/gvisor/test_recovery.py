@@ -117,4 +117,4 @@ async def _read(execution: object) -> str:
 
 
 def _is_sandbox(pid: int) -> bool:
-    return b"runsc-sandbox" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"runsc-sandbox")

@@ -358,7 +358,7 @@ async def test_a_machine_that_dies_while_it_is_saved_leaves_nothing(rig: Rig, dr
     saving = asyncio.create_task(rig.driver.save(unit.id, draft))
     await until((draft / "checkpoint.img").exists)
     for pid in map(int, traces(tmp_path)["processes"]):
-        if b"runsc-sandbox" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"runsc-sandbox"):
             os.kill(pid, signal.SIGKILL)
     with pytest.raises(MachineError, match="snapshot_failed"):
         await saving

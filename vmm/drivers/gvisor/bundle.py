@@ -1,5 +1,8 @@
 """The OCI configuration of a machine.
 
+It is what the guest's kernel reads: processes and mounts. Who shuts that kernel in is `launch`; limits are set in
+`cgroups`.
+
 The template's image is shared by all machines and only read; gVisor lays the machine's own disk over it. Nothing of
 the host is mounted into a machine. Its names (`/etc/hosts`, `/etc/hostname`, `/etc/machine-id`, `/etc/resolv.conf`) are
 written through its agent once that answers, not mounted: so they lie in the writable layer, travel in snapshots, and a
@@ -8,6 +11,7 @@ restored copy gets its own by the same call.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vmm.drivers.base import Shape
@@ -50,16 +54,16 @@ def memory_bytes(shape: Shape) -> int:
     return shape.memory_mib * 1024 * 1024
 
 
-def make(shape: Shape, *, agent: str, token: str, namespace: str, cgroup: str) -> dict[str, Any]:
-    """Build the configuration, all but where the root file system comes from: how that is said is runsc's own.
-
-    agent: path of the agent in the template.  namespace: path of the network namespace.  cgroup: path of the machine's
-    group below each tree.
-    """
+def make(shape: Shape, *, agent: str, token: str, image: Path) -> dict[str, Any]:
+    """Build the configuration. agent: path of the agent in the template.  image: EROFS image of the template."""
+    root = "dev.gvisor.spec.rootfs."
     return {
         "ociVersion": "1.0.2",
         # Its own comes with its identity.
         "hostname": "localhost",
+        # The annotations take the place of the directory. What is written goes over the image, into a given file.
+        "root": {"path": "root", "readonly": False},
+        "annotations": {root + "source": str(image), root + "type": "erofs", root + "overlay": "dir=/"},
         "process": {
             "args": [agent],
             "cwd": "/",
@@ -82,19 +86,5 @@ def make(shape: Shape, *, agent: str, token: str, namespace: str, cgroup: str) -
                 "options": ["nosuid", "nodev", "mode=1777", f"size={shape.memory_mib // 2}m"],
             },
         ],
-        "linux": {
-            "cgroupsPath": cgroup,
-            "namespaces": [
-                {"type": "pid"},
-                {"type": "mount"},
-                {"type": "ipc"},
-                {"type": "uts"},
-                {"type": "network", "path": namespace},
-            ],
-            "resources": {
-                "cpu": {"period": CPU_PERIOD_US, "quota": cpu_quota_us(shape)},
-                "memory": {"limit": memory_bytes(shape)},
-                "pids": {"limit": PIDS_MAX},
-            },
-        },
+        "linux": {"namespaces": [{"type": "pid"}]},
     }

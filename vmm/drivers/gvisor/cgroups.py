@@ -1,7 +1,7 @@
 """Resource groups of machines, in either hierarchy: several v1 trees or the one of v2.
 
-runsc makes a machine's group and sets its limits (`bundle`); this module finds it again, reads its counters, freezes it
-and removes what is left. Groups lie at `sandgate-<instance>/<machine>` in every tree.
+A machine's group is made before its first process, which joins it; its limits are set once a guest runs in it. Groups
+lie at `sandgate-<instance>/<machine>` in every tree that says something about machines.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from vmm.types import MachineStats
 _ROOT = Path("/sys/fs/cgroup")
 #: The trees without which a machine would have no limit.
 _NEEDED = ("cpu", "memory", "pids")
+#: The v1 trees that a machine joins. The last limits nothing: by it, systemd knows what belongs to which service.
+_JOINED = (*_NEEDED, "cpuacct", "freezer", "name=systemd")
 _FREEZE_TIMEOUT_S = 2.0
 CPU_PERIOD_US = 100_000
 #: Room above what cannot be given back, when that is more than the limit.
@@ -40,6 +42,11 @@ class Hierarchy:
         """Root of the tree that holds a controller."""
         return self.unified or self.trees.get(controller)
 
+    def joined(self) -> list[Path]:
+        """The trees in which a machine has a group, each once."""
+        trees = (self.tree(name) for name in _JOINED)
+        return list(dict.fromkeys(tree for tree in trees if tree is not None))
+
     def roots(self) -> list[Path]:
         """Every tree, each once."""
         return [self.unified] if self.unified else list(dict.fromkeys(self.trees.values()))
@@ -55,7 +62,6 @@ def find_hierarchy(mounts: str = "/proc/self/mounts") -> Hierarchy:
         if kind == "cgroup2" and Path(place) == _ROOT:
             unified = Path(place)
         elif kind == "cgroup":
-            # A tree without a controller ("name=systemd") limits nothing, but runsc makes groups there as well.
             names = [option for option in options.split(",") if option in controllers or option.startswith("name=")]
             trees.update((name, Path(place)) for name in names)
     return Hierarchy(unified, trees)
@@ -73,9 +79,18 @@ class Groups:
         """Whether every limit a machine needs can be enforced."""
         return self._hierarchy.is_complete
 
-    def path(self, machine_id: str) -> str:
-        """Group of a machine, as the bundle names it."""
-        return f"/{self._parent}/{machine_id}"
+    def make(self, machine_id: str, *, pids_max: int) -> list[Path]:
+        """Make the groups of a machine, with no limit but that; returns their directories. Raises OSError."""
+        unified = self._hierarchy.unified
+        if unified:
+            for above in (unified, unified / self._parent):
+                above.mkdir(exist_ok=True)
+                (above / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in _NEEDED))
+        groups = [root / self._parent / machine_id for root in self._hierarchy.joined()]
+        for group in groups:
+            group.mkdir(parents=True)
+        self._write(machine_id, "pids", "pids.max", str(pids_max))
+        return groups
 
     def machines(self) -> set[str]:
         """Ids of all machines that have a group."""

@@ -1,6 +1,6 @@
 """The driver for hosts without KVM: each machine is a gVisor sandbox.
 
-A shell is: link and disk from the supplies, `runsc create` (65 ms of CPU), a frozen control group. Booting or
+A shell is: link and disk from the supplies, a sandbox that runs nothing (`launch`), a frozen control group. Booting or
 restoring it takes two or three calls on its control socket. An end is: kill everything in the machine's control group,
 reap, remove the group and runsc's state. Link and disk go with the sandbox's last process; nothing of them has a name
 that could be left behind.
@@ -22,6 +22,7 @@ from typing import TypeVar
 from vmm.drivers.base import AGENT_PORT, Capabilities, Exit, ImageFiles, Placement, Saved, Shape
 from vmm.drivers.gvisor import bundle, cgroups, firewall, memory, network, processes, runsc, saving, syscalls
 from vmm.drivers.gvisor.config import GvisorConfig
+from vmm.drivers.gvisor.launch import Resources
 from vmm.drivers.gvisor.network import Slot
 from vmm.drivers.gvisor.supplies import Supplies, Supply
 from vmm.drivers.gvisor.unit import Unit
@@ -176,27 +177,27 @@ class GvisorDriver:
             raise MachineError("driver_failed", "the driver is not open")
         supply = await self._supplies.take(shape.disk_mib)
         try:
-            sandbox, pidfd = await self._whole(unit, lambda: self._make_shell(unit, shape, token, template, supply))
+            pid, pidfd = await self._whole(unit, lambda: self._make_shell(unit, shape, token, template, supply))
         except BaseException:
             self._block.give_back(supply.slot.index)
             raise
         slot = supply.slot
-        self._watch(unit, Unit(sandbox.pid, pidfd, slot.index, slot.address, template.info.digest, shape, slot))
+        self._watch(unit, Unit(pid, pidfd, slot.index, slot.address, template.info.digest, shape, slot))
 
-    def _make_shell(
-        self, unit: str, shape: Shape, token: str, template: Template, supply: Supply
-    ) -> tuple[runsc.Sandbox, int]:
+    def _make_shell(self, unit: str, shape: Shape, token: str, template: Template, supply: Supply) -> tuple[int, int]:
         try:
-            config = bundle.make(
-                shape,
-                agent=template.agent,
-                token=token,
-                namespace=f"/proc/{os.getpid()}/fd/{supply.slot.namespace}",
-                cgroup=self._groups.path(unit),
+            config = bundle.make(shape, agent=template.agent, token=token, image=template.image)
+            resources = Resources(
+                image=template.image,
+                disk=supply.disk.path,
+                network=supply.slot.namespace,
+                groups=self._groups.make(unit, pids_max=bundle.PIDS_MAX),
+                cpu_count=shape.cpu_count,
+                memory_bytes=bundle.memory_bytes(shape),
             )
-            sandbox = self._runsc.create(unit, config, image=template.image, disk=supply.disk.path)
+            pid = self._runsc.create(unit, config, resources)
             # Opened before anything runs in it: a sandbox that ends at once is reaped at once.
-            return sandbox, os.pidfd_open(sandbox.pid)
+            return pid, os.pidfd_open(pid)
         except BaseException:
             supply.slot.release()
             raise
@@ -221,8 +222,8 @@ class GvisorDriver:
                 self._groups.set_frozen(unit, False)
                 shell.is_frozen = False
             # Half of the time of a start is the sandbox's own work, on as many processors as there are.
-            with saving.unlimited(self._groups, unit, shell.shape):
-                start(slot)
+            start(slot)
+            saving.limit(self._groups, unit, shell.shape)
         finally:
             slot.release()
 
@@ -335,7 +336,7 @@ class GvisorDriver:
         """One step towards a machine's end; True when nothing of it runs. A frozen process dies only once thawed."""
         pids = self._groups.processes(unit)
         if not pids and unit not in self._units:
-            # A `runsc create` that did not come to its end, perhaps because hostd did. It joins the group late.
+            # One that was being launched when hostd ended, and has not joined the group yet.
             root = f"--root={self._config.run_dir}/machines/{unit}"
             pids = {pid for pid, rest in processes.with_argument(root) if not rest}
         for pid in pids:

@@ -1,8 +1,8 @@
-"""Everything peculiar to the runsc program: its flags, its control socket and what goes wrong with them.
+"""Everything peculiar to the runsc program: its control socket, and what goes wrong with it.
 
-Only `create` uses the command line. The rest of a sandbox's life goes over its control socket, an internal protocol of
-runsc (JSON over a Unix socket, descriptors as SCM_RIGHTS): 0.1 ms a call, where a command costs 20 to 60. As it is
-internal, only releases it was tried with are accepted (`RELEASES`).
+Only the start of a sandbox uses a command line (`launch`). The rest of its life goes over its control socket, JSON with
+descriptors as SCM_RIGHTS: 0.1 ms a call, where a command costs 20 to 60. As both are internal to runsc, only releases
+that they were tried with are accepted (`RELEASES`).
 
 Quirks of release 20240729 that this module or its users work around:
 
@@ -11,10 +11,9 @@ Quirks of release 20240729 that this module or its users work around:
   would make, `Network.CreateLinksAndRoutes`, works, and needs no address in the namespace either.
 - `PortForward` crashes the sandbox when an answer exceeds one buffer: never called.
 - `runsc delete` waits up to two seconds for processes that nobody reaps: the driver kills, reaps and removes itself.
-- Ids are looked up by prefix, and the control socket's path holds the id and at most 107 bytes: each machine has a
-  state directory of its own, named after it, and within it the same short id.
-- The sandbox inherits the standard streams of `create`. A guest could fill a file or block on a pipe, so they are
-  /dev/null, and what `create` has to say comes from its log.
+- A control socket's path holds at most 107 bytes: each machine has a state directory of its own, named after it, and
+  within it the same short names.
+- The first process inherits three streams. A guest could fill a file or block on a pipe, so they are /dev/null.
 - A checkpoint resets open TCP connections while it writes down what it finds, so that an `epoll` that watched one may
   be half in the old state and half in the new: in copies it never reports anything again (12 of 12 tries with an event
   loop of ours; the original is well). So there is a first checkpoint to nowhere, for the resets, and another to keep.
@@ -30,32 +29,28 @@ import errno
 import ipaddress
 import os
 import re
-import select
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from vmm import programs
+from vmm.drivers.gvisor.launch import CONTROL_SOCKET, ID, Resources, launch
 from vmm.drivers.gvisor.network import Slot
 from vmm.errors import MachineError
 
-#: Releases whose control socket this module knows.
+#: Releases whose `boot` command and control socket we know.
 RELEASES = ("20240729",)
 
 #: The files of an image: the kernel's state, where which pages lie, and the pages.
 IMAGE_FILES = ("checkpoint.img", "pages_meta.img", "pages.img")
 
-#: runsc's own id of every sandbox; the state directory tells them apart.
-_ID = "sandbox"
 _ROOT_LINK = "eth0"
-_CREATE_TIMEOUT_S = 30.0
 _CALL_TIMEOUT_S = 20.0
 #: Saving and restoring move gigabytes, on a bad day at a disk's speed.
 _COPY_TIMEOUT_S = 300.0
@@ -66,14 +61,6 @@ _OPENING = "resetConnectionLocked"
 #: Segments that guest and host may hand each other in one piece; what a veth pair allows.
 _GSO_BYTES_MAX = 65_536
 _QDISC_FIFO = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Sandbox:
-    """Host processes of a created sandbox: its kernel, and the gofer that opens the template's files for it."""
-
-    pid: int
-    gofer_pid: int
 
 
 def find() -> str | None:
@@ -104,43 +91,17 @@ class Runsc:
         """Machines that have a state directory."""
         return {path.name for path in self._state_dir.iterdir()} if self._state_dir.is_dir() else set()
 
-    def create(self, machine_id: str, config: dict[str, Any], *, image: Path, disk: str) -> Sandbox:
-        """Start a sandbox that runs nothing yet: about 100 ms, nearly all of it CPU.
-
-        image: EROFS image of the template.  disk: directory for what the guest writes over it.
-        Raises MachineError(`driver_failed`).
-        """
+    def create(self, machine_id: str, config: dict[str, Any], resources: Resources) -> int:
+        """Start a sandbox that runs nothing yet; returns its process id. Raises as `launch` does."""
         place = self._state_dir / machine_id
-        (place / "root").mkdir(parents=True, mode=0o700)
-        config = config | {"root": {"path": "root", "readonly": False}, "annotations": _root(image, disk)}
-        (place / "config.json").write_bytes(orjson.dumps(config))
-        log = place / "create.log"
-        command = [
-            self._program,
-            f"--root={place}",
-            f"--log={log}",
-            "--log-format=json",
-            "--platform=systrap",
-            "--network=sandbox",
-            # The overlay of an image is named by its annotation.
-            "--overlay2=none",
-            "--net-disconnect-ok",
-            "--cpu-num-from-quota",
-            "create",
-            f"--bundle={place}",
-            _ID,
-        ]
-        status = _run(command, _CREATE_TIMEOUT_S)
-        if status != 0:
-            raise MachineError("driver_failed", "the sandbox could not be created", detail=_complaint(log, status))
-        state = orjson.loads(_state_file(place).read_bytes())
-        return Sandbox(pid=state["sandbox"]["pid"], gofer_pid=state["goferPid"])
+        place.mkdir(parents=True, mode=0o700)
+        return launch(self._program, place, config, resources)
 
     def start(self, machine_id: str, slot: Slot) -> None:
         """Connect a created sandbox to its slot and start its agent: about 40 ms. Raises MachineError."""
         with self._connect(machine_id) as control:
             _call(control, "Network.CreateLinksAndRoutes", _links(slot), descriptors=[slot.packets.fileno()])
-            _call(control, "containerManager.StartRoot", _ID)
+            _call(control, "containerManager.StartRoot", ID)
 
     def restore(self, machine_id: str, slot: Slot, directory: Path) -> None:
         """Connect a created sandbox to its slot and go on from what `save` wrote.
@@ -183,16 +144,10 @@ class Runsc:
     def _connect(self, machine_id: str) -> Iterator[socket.socket]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
             try:
-                control.connect(str(self._state_dir / machine_id / f"runsc-{_ID}.sock"))
+                control.connect(str(self._state_dir / machine_id / CONTROL_SOCKET))
             except OSError as error:
                 raise MachineError("driver_failed", "the sandbox does not answer", detail=str(error)) from error
             yield control
-
-
-def _root(image: Path, disk: str) -> dict[str, str]:
-    """Annotations that put an image, and a directory for what is written over it, in place of the root directory."""
-    prefix = "dev.gvisor.spec.rootfs."
-    return {prefix + "source": str(image), prefix + "type": "erofs", prefix + "overlay": f"dir={disk}"}
 
 
 def _links(slot: Slot) -> dict[str, Any]:
@@ -301,35 +256,3 @@ def _failing(code: str, message: str) -> Iterator[None]:
         if os.strerror(errno.ENOSPC).lower() in detail.lower():
             code, message = "no_space", "the host's disk is full"
         raise MachineError(code, message, detail=detail) from error
-
-
-def _run(command: Sequence[str], timeout_s: float) -> int:
-    """Run a command of runsc with no standard streams; returns its exit status.
-
-    `Popen.wait` with a time-out sleeps in steps of up to 50 ms; polling a pidfd does not.
-    """
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    pidfd = os.pidfd_open(process.pid)
-    try:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        if not poll.poll(timeout_s * 1000):
-            process.kill()
-        return process.wait()
-    finally:
-        os.close(pidfd)
-
-
-def _complaint(log: Path, status: int) -> str:
-    """The last error in runsc's log."""
-    with contextlib.suppress(OSError):
-        for line in reversed(log.read_text(errors="replace").splitlines()):
-            with contextlib.suppress(orjson.JSONDecodeError, TypeError):
-                entry = orjson.loads(line)
-                if entry.get("level") in ("error", "warning"):
-                    return str(entry["msg"])[:2000]
-    return f"runsc create ended with status {status}"
-
-
-def _state_file(place: Path) -> Path:
-    return place / f"{_ID}_sandbox:{_ID}.state"

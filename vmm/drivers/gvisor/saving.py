@@ -52,11 +52,15 @@ def unlimited(groups: Groups, unit_id: str, shape: Shape) -> contextlib.Abstract
     return groups.unlimited(unit_id, cpu_quota_us=quota, memory_bytes=limit)
 
 
+def limit(groups: Groups, unit_id: str, shape: Shape) -> None:
+    """Set a unit's limits. Raises OSError."""
+    groups.set_limits(unit_id, cpu_quota_us=bundle.cpu_quota_us(shape), memory_bytes=bundle.memory_bytes(shape))
+
+
 def recover(groups: Groups, unit_id: str, unit: Unit) -> None:
     """Undo what an interrupted save has left: no limits, no packets. Raises OSError when the unit is ending."""
     network.make_reachable(unit.pid)
-    shape = unit.shape
-    groups.set_limits(unit_id, cpu_quota_us=bundle.cpu_quota_us(shape), memory_bytes=bundle.memory_bytes(shape))
+    limit(groups, unit_id, unit.shape)
     unit.is_frozen = groups.is_frozen(unit_id)
 
 
