@@ -134,7 +134,10 @@ async def _connect(
         async def sync() -> None:
             await plane.sync(routes.snapshot)
 
-        wakes = WakeRelay(wake)
+        def refuse(sandbox_id: str) -> None:
+            plane.refuse_wake(sandbox_id)
+
+        wakes = WakeRelay(wake, refuse)
 
         def tail(after: int | None) -> None:
             publisher.on_tail(after)

@@ -16,16 +16,23 @@ def plane_argv(settings: Settings) -> list[str | Path]:
     """The program and its flags. Raises native.BinaryMissing."""
     argv: list[str | Path] = [
         plane_path(),
-        *("--listen", settings.listen),
         *("--admin-listen", settings.admin_listen),
         *("--api-socket", settings.api_socket),
         *("--control-socket", settings.plane_socket),
         *("--hostd-socket", settings.hostd_socket),
         *("--domain", settings.domain),
         *("--drain-timeout-s", str(settings.drain_timeout_s)),
+        *("--socket-mode", settings.listen_socket_mode),
     ]
-    if settings.tls_listen:
-        argv += ["--tls-listen", settings.tls_listen, "--tls-dir", settings.tls_dir]
+    for address in words(settings.listen):
+        argv += ["--listen", address]
+    for address in words(settings.tls_listen):
+        argv += ["--tls-listen", address]
+    if settings.tls_dir:
+        argv += ["--tls-dir", settings.tls_dir]
+    for flag, number in zip(("--socket-user", "--socket-group"), settings.listen_socket_ids, strict=True):
+        if number is not None:
+            argv += [flag, str(number)]
     if settings.https_redirect:
         argv += ["--https-redirect", str(settings.https_port)]
     for origin in words(settings.api_origins):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gateway.children import StartError
 from gateway.owners import is_running
-from gateway.settings import Settings, env_name, split_address
+from gateway.settings import Settings, env_name, socket_path, split_address, words
 
 #: How long to wait for what a killed instance has left behind to end.
 _REMAINS_S = 20.0
@@ -20,8 +20,11 @@ _REMAINS_S = 20.0
 
 def check_ports(settings: Settings) -> None:
     """Raises StartError if another program has one of the addresses, or if they are not this machine's."""
-    for name in settings.listeners:
-        address = getattr(settings, name)
+    addresses = [(name, address) for name in settings.listeners for address in words(getattr(settings, name))]
+    for name, address in addresses:
+        # The plane itself looks after the files of sockets: one that a killed instance left is no hindrance.
+        if socket_path(address) is not None:
+            continue
         host, port = split_address(address)
         try:
             family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

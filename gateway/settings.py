@@ -8,8 +8,10 @@ table by `python -m gateway.settings`; a test notices when it is out of date.
 from __future__ import annotations
 
 import functools
+import grp
 import hashlib
 import os
+import pwd
 import tomllib
 import types
 import typing
@@ -20,8 +22,10 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-#: A Unix socket's path may have 107 bytes; the longest name in the run directory is "/hostd.sock".
-_RUN_DIR_BYTES_MAX = 107 - len("/hostd.sock")
+_SOCKET_PATH_BYTES_MAX = 107
+
+#: The longest name in the run directory is "/hostd.sock".
+_RUN_DIR_BYTES_MAX = _SOCKET_PATH_BYTES_MAX - len("/hostd.sock")
 
 #: The workspace that the first key belongs to.
 FIRST_WORKSPACE = "default"
@@ -52,11 +56,20 @@ class Settings:
 
     home: Annotated[Path, Row("Data directory: database, credentials, journal, sockets.")] = Path(".sandgate")
     cache: Annotated[Path, Row("Where built templates are kept between runs.")] = Path("/var/cache/sandgate")
-    listen: Annotated[str, Row("Address of the public listener. `0.0.0.0:8080` opens it to the network.")] = (
-        "127.0.0.1:8080"
-    )
+    listen: Annotated[
+        str,
+        Row(
+            "Addresses of the public listener, comma-separated. `0.0.0.0:8080` opens it to the network;"
+            " `unix:/path` is a Unix socket, for a proxy on this host."
+        ),
+    ] = "127.0.0.1:8080"
     tls_listen: Annotated[
-        str, Row("Address of the public listener for https, such as `0.0.0.0:443`; empty: none. Needs a directory.")
+        str,
+        Row("Addresses of the public listener for https, such as `0.0.0.0:443`; empty: none. Needs a directory."),
+    ] = ""
+    listen_socket_mode: Annotated[str, Row("Permission bits of its Unix sockets, in octal.")] = "660"
+    listen_socket_owner: Annotated[
+        str, Row("Whom its Unix sockets belong to: `user`, `user:group` or `:group`; empty: the server's own.")
     ] = ""
     tls_dir: Annotated[
         str, Row("Directory of PEM pairs `NAME.crt` and `NAME.key`, read again when they change (docs/previews.md).")
@@ -116,7 +129,7 @@ class Settings:
         str,
         Row(
             "Addresses and networks of proxies in front whose `X-Forwarded-For` and `X-Forwarded-Proto` are believed,"
-            " comma-separated."
+            " comma-separated; `unix`: whoever connects to a Unix socket."
         ),
     ] = ""
     plane_workers: Annotated[int, Row("Threads of the plane; 0: one per core.", least=0, most=256)] = 0
@@ -137,6 +150,17 @@ class Settings:
     plane_body_timeout_s: Annotated[float, Row("Time without a byte of a request's body.", least=0.25)] = 60.0
     plane_send_timeout_s: Annotated[
         float, Row("Time a reader may take none of the bytes that wait for it; then its connection ends.", least=0.25)
+    ] = 60.0
+    plane_client_bytes_per_s_min: Annotated[
+        int,
+        Row(
+            "Least pace of a client while a response, or the plane, waits for it; 0: any."
+            " Idle streams and WebSockets have none.",
+            least=0,
+        ),
+    ] = 240
+    plane_client_rate_window_s: Annotated[
+        float, Row("Time of such waiting that is judged at once; a line may be worse for a while.", least=1)
     ] = 60.0
     plane_connect_timeout_s: Annotated[float, Row("Time for a connection to a sandbox.", least=0.25)] = 5.0
     plane_response_timeout_s: Annotated[
@@ -290,13 +314,8 @@ class Settings:
 
     @property
     def listeners(self) -> tuple[str, ...]:
-        """The settings that hold an address to listen on."""
+        """The settings that hold addresses to listen on."""
         return ("listen", "admin_listen", *(("tls_listen",) if self.tls_listen else ()))
-
-    @property
-    def public_port(self) -> int:
-        """The port in preview URLs."""
-        return split_address(self.listen)[1]
 
     @property
     def origin(self) -> str:
@@ -305,9 +324,9 @@ class Settings:
             return self.public_url.rstrip("/")
         if self.tls_listen:
             # By name: certificates are seldom made out to addresses.
-            port = split_address(self.tls_listen)[1]
+            port = split_address(_of_network(self.tls_listen)[0])[1]
             return f"https://{self.domain}" + ("" if port == _HTTPS_PORT else f":{port}")
-        host, port = split_address(self.listen)
+        host, port = split_address(_of_network(self.listen)[0])
         reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
         return f"http://{reachable}:{port}"
 
@@ -321,6 +340,12 @@ class Settings:
     def api_base_url(self) -> str:
         """What a MIOSA client is given as its base URL."""
         return f"{self.origin}/api/v1"
+
+    @property
+    def listen_socket_ids(self) -> tuple[int | None, int | None]:
+        """User and group of the public Unix sockets; None: the server's own. Raises KeyError for an unknown name."""
+        user, _, group = self.listen_socket_owner.partition(":")
+        return pwd.getpwnam(user).pw_uid if user else None, grp.getgrnam(group).gr_gid if group else None
 
     def environment(self) -> dict[str, str]:
         """The same settings as environment variables, for the server's child processes."""
@@ -337,6 +362,20 @@ def table() -> dict[str, tuple[Any, Row]]:
 def env_name(name: str) -> str:
     """The environment variable of a setting."""
     return f"SANDGATE_{name.upper()}"
+
+
+def socket_path(address: str) -> Path | None:
+    """The path of `unix:/path`; None for an address of the network. Raises ValueError if it cannot be bound."""
+    scheme, colon, path = address.partition(":")
+    if scheme != "unix" or not colon:
+        return None
+    if not path.startswith("/") or len(os.fsencode(path)) > _SOCKET_PATH_BYTES_MAX:
+        raise ValueError(f"{address!r} is not unix: and an absolute path of at most {_SOCKET_PATH_BYTES_MAX} bytes")
+    return Path(path)
+
+
+def _of_network(addresses: str) -> list[str]:
+    return [address for address in words(addresses) if socket_path(address) is None]
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -429,16 +468,10 @@ def _convert(kind: Any, text: str) -> Any:
 
 
 def _check_together(settings: Settings) -> None:
-    for name in settings.listeners:
-        try:
-            split_address(getattr(settings, name))
-        except ValueError as error:
-            raise SettingsError(f"{env_name(name)}: {error}") from None
+    _check_listeners(settings)
     _check_networks(settings)
     _check_origins(settings)
     _check_tls(settings)
-    if settings.listen == settings.admin_listen and settings.public_port != 0:
-        raise SettingsError("SANDGATE_ADMIN_LISTEN must differ from SANDGATE_LISTEN")
     for name in ("cpu_count", "memory_mib", "disk_mib"):
         if getattr(settings, f"sandbox_{name}") > getattr(settings, f"sandbox_{name}_max"):
             raise SettingsError(f"{env_name(f'sandbox_{name}')} is over {env_name(f'sandbox_{name}_max')}")
@@ -460,8 +493,42 @@ def _check_tls(settings: Settings) -> None:
         raise SettingsError("SANDGATE_TLS_LISTEN and SANDGATE_TLS_DIR go together")
     if settings.https_redirect and not settings.origin.startswith("https://"):
         raise SettingsError("SANDGATE_HTTPS_REDIRECT needs SANDGATE_TLS_LISTEN, or SANDGATE_PUBLIC_URL with https://")
-    if settings.tls_listen in {settings.listen, settings.admin_listen} and split_address(settings.tls_listen)[1] != 0:
-        raise SettingsError("SANDGATE_TLS_LISTEN must differ from SANDGATE_LISTEN and SANDGATE_ADMIN_LISTEN")
+
+
+def _check_listeners(settings: Settings) -> None:
+    taken: dict[str, str] = {}
+    for name in settings.listeners:
+        addresses = words(getattr(settings, name))
+        if not addresses:
+            raise SettingsError(f"{env_name(name)} is empty")
+        for address in addresses:
+            try:
+                is_shareable = socket_path(address) is None and split_address(address)[1] == 0
+            except ValueError as error:
+                raise SettingsError(f"{env_name(name)}: {error}") from None
+            if address in taken and not is_shareable:
+                raise SettingsError(f"{env_name(name)} must differ from {env_name(taken[address])}: {address}")
+            taken[address] = name
+    try:
+        split_address(settings.admin_listen)
+    except ValueError as error:
+        raise SettingsError(f"SANDGATE_ADMIN_LISTEN: {error}") from None
+    if not settings.public_url and not _of_network(settings.tls_listen or settings.listen):
+        raise SettingsError("SANDGATE_PUBLIC_URL is needed when clients are served by Unix sockets alone")
+    _check_sockets(settings)
+
+
+def _check_sockets(settings: Settings) -> None:
+    try:
+        mode_is_possible = 0 <= int(settings.listen_socket_mode, 8) <= 0o777
+    except ValueError:
+        mode_is_possible = False
+    if not mode_is_possible:
+        raise SettingsError(f"SANDGATE_LISTEN_SOCKET_MODE={settings.listen_socket_mode}: must be octal, such as 660")
+    try:
+        settings.listen_socket_ids  # noqa: B018 - raises for names that are unknown
+    except KeyError as error:
+        raise SettingsError(f"SANDGATE_LISTEN_SOCKET_OWNER: {error.args[0]}") from None
 
 
 def _check_networks(settings: Settings) -> None:
@@ -469,7 +536,7 @@ def _check_networks(settings: Settings) -> None:
         "address_range": IPv4Network,
         "egress_allow": IPv4Network,
         "resolvers": IPv4Address,
-        "trusted_proxies": functools.partial(ip_network, strict=False),
+        "trusted_proxies": lambda part: part == "unix" or ip_network(part, strict=False),
     }
     for name, kind in kinds.items():
         for part in words(getattr(settings, name)):

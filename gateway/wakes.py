@@ -1,4 +1,7 @@
-"""Wakes sandboxes that the plane has visitors for: many at once, each once."""
+"""Wakes sandboxes that the plane has visitors for: many at once, each once.
+
+What may work a moment later (`retryable`) is tried again while visitors wait; of anything else they hear at once.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,14 @@ _log = logging.getLogger(__name__)
 
 
 class WakeRelay:
-    """Takes ids from the plane, which asks again while visitors wait, and calls `wake` for each that is not waking."""
+    """Takes ids from the plane, which asks again while visitors wait, and calls `wake` for each that is not waking.
 
-    def __init__(self, wake: Callable[[str], Awaitable[None]]) -> None:
+    refuse: called with the id of one that cannot be woken.
+    """
+
+    def __init__(self, wake: Callable[[str], Awaitable[None]], refuse: Callable[[str], None]) -> None:
         self._wake = wake
+        self._refuse = refuse
         self._wanted: list[str] = []
         self._has_news = asyncio.Event()
         self._waking: set[str] = set()
@@ -41,5 +48,7 @@ class WakeRelay:
             await self._wake(sandbox_id)
         except GatewayError as error:
             _log.warning("sandbox %s did not wake for its visitors: %s", sandbox_id, error)
+            if not error.retryable:
+                self._refuse(sandbox_id)
         finally:
             self._waking.discard(sandbox_id)

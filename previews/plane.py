@@ -57,7 +57,8 @@ class PlaneClient:
     on_poke: called with (topic, seq) when another API worker has announced news.
     on_activity: called with the ids of sandboxes that had preview traffic; only one of all connections is told.
     on_wake: called with the id of a frozen or hibernated sandbox that somebody wants to use: push its route when it
-        runs. Called again, on one connection or another, while requests wait and the route says that it sleeps.
+        runs, or call `refuse_wake`. Called again, on one connection or another, while requests wait and the route
+        says that it sleeps.
     on_tail: called with a position in the event log: publish what comes after it from now on (None: the latest, and
         what comes), until it is called again or on_relieved is. Without it, others are asked.
     on_new_epoch: awaited when the plane may have missed something; should call `sync`. Called again until it succeeds.
@@ -145,6 +146,11 @@ class PlaneClient:
         """Tell the other API workers of news. Without a connection nobody is told: they look by themselves later."""
         if self._writer is not None:
             self._writer.write(_line({"t": "poke", "topic": topic, "seq": seq}))
+
+    def refuse_wake(self, sandbox_id: str) -> None:
+        """Tell those who wait for a sandbox that it cannot be woken. Without a connection they wait for their time."""
+        if self._writer is not None:
+            self._writer.write(_line({"t": "wake_failed", "id": sandbox_id}))
 
     async def publish(self, after: int, through: int, events: Sequence[PublishedEvent], *, is_start: bool) -> None:
         """Have the events in (after, through] sent to who follows their topics; they must be all of the log's.

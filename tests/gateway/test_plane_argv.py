@@ -14,7 +14,10 @@ EVERYTHING = {
     "SANDGATE_PLANE_ACCESS_LOG": "-",
     "SANDGATE_PLANE_ACCESS_LOG_SHARE": "0.5",
     "SANDGATE_PLANE_WORKERS": "3",
-    "SANDGATE_TRUSTED_PROXIES": "10.0.0.0/8, ::1",
+    "SANDGATE_TRUSTED_PROXIES": "10.0.0.0/8, ::1, unix",
+    "SANDGATE_LISTEN": "127.0.0.1:8080, unix:/run/a.sock",
+    "SANDGATE_LISTEN_SOCKET_MODE": "0666",
+    "SANDGATE_LISTEN_SOCKET_OWNER": "root:root",
     "SANDGATE_API_ORIGINS": "https://app.example, http://localhost:5173",
     "SANDGATE_TLS_LISTEN": "127.0.0.1:8443",
     "SANDGATE_TLS_DIR": "certificates",
@@ -36,6 +39,12 @@ def test_settings_become_flags() -> None:
     argv = plane_argv(load(EVERYTHING))
     pairs = list(itertools.pairwise(argv))
     for pair in (
+        ("--listen", "127.0.0.1:8080"),
+        ("--listen", "unix:/run/a.sock"),
+        ("--socket-mode", "0666"),
+        ("--socket-user", "0"),
+        ("--socket-group", "0"),
+        ("--trusted-proxy", "unix"),
         ("--workers", "3"),
         ("--access-log-share", "0.5"),
         ("--trusted-proxy", "10.0.0.0/8"),

@@ -120,6 +120,7 @@ def test_children_get_the_same_settings_by_environment() -> None:
     [
         ("127.0.0.1:8080", "", "http://127.0.0.1:8080"),
         ("0.0.0.0:80", "", "http://127.0.0.1:80"),
+        ("unix:/run/a.sock, 127.0.0.1:80, [::1]:81", "", "http://127.0.0.1:80"),
         ("[::]:80", "", "http://[::1]:80"),
         ("[fe80::1]:80", "", "http://[fe80::1]:80"),
         ("0.0.0.0:80", "https://api.example.com/", "https://api.example.com"),
@@ -159,3 +160,22 @@ def test_every_setting_says_what_it_means() -> None:
     assert len(table()) == len(Settings().environment())
     for name, (_, row) in table().items():
         assert row.meaning.endswith("."), env_name(name)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"SANDGATE_LISTEN": "unix:a.sock,127.0.0.1:80"}, "absolute path"),
+        ({"SANDGATE_LISTEN": f"unix:/{'a' * 107},127.0.0.1:80"}, "absolute path"),
+        ({"SANDGATE_LISTEN": "unix:/a.sock"}, "SANDGATE_PUBLIC_URL is needed"),
+        ({"SANDGATE_LISTEN": "127.0.0.1:80,127.0.0.1:80"}, "must differ"),
+        ({"SANDGATE_LISTEN": "127.0.0.1:9090"}, "SANDGATE_ADMIN_LISTEN must differ from SANDGATE_LISTEN"),
+        ({"SANDGATE_LISTEN": " , "}, "is empty"),
+        ({"SANDGATE_ADMIN_LISTEN": "unix:/a.sock"}, "SANDGATE_ADMIN_LISTEN"),
+        ({"SANDGATE_LISTEN_SOCKET_MODE": "888"}, "must be octal"),
+        ({"SANDGATE_LISTEN_SOCKET_OWNER": "nobody-of-that-name"}, "nobody-of-that-name"),
+    ],
+)
+def test_a_listener_that_cannot_be_is_refused(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load(environ)

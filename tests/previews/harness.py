@@ -276,7 +276,7 @@ class Plane:
         async with asyncio.timeout(PATIENCE_S):
             said = json.loads(await self.process.stdout.readline())
         self.address, self.admin = _address(said["listen"][0]), _address(said["admin"])
-        self.tls_addresses = [_address(text) for text in said["tls_listen"]]
+        self.tls_addresses = [_address(text) for text in said["tls_listen"] if not text.startswith("unix:")]
 
     async def stop(self) -> int:
         """Stop it as a supervisor does; returns its exit status."""

@@ -152,3 +152,52 @@ async def test_no_page_may_call_the_api_by_default(plane: Plane, api: Upstream) 
     response = await preflight(plane, "api.localhost", APP)
     assert response.head.get("access-control-allow-origin") is None
     assert len(api.requests) == 1
+
+
+async def test_an_allowed_page_can_read_why_it_failed(plane: Plane) -> None:
+    async with tcp_upstream(hang_up) as server:
+        ports = {
+            1: PortRoute("a", "private", (), PolicyRule(allowed_origins=[APP])),
+            2: PortRoute("b", "public", (), PolicyRule(allowed_origins=[APP], allow_credentials=True)),
+            server.port: PortRoute("c", "public", (), PolicyRule(allowed_origins=["*"], frame_ancestors=[])),
+        }
+        await plane.put(ports=ports)
+        for port, code in [(1, "preview_token_missing"), (2, "port_closed"), (server.port, "upstream_broke")]:
+            allowed = await plane.request("GET", host(port), "/", f"Origin: {APP}")
+            assert (allowed.code, allowed.head.get("access-control-allow-origin")) == (code, APP)
+            assert allowed.head.get("vary") == "Origin"
+            other = await plane.request("GET", host(port), "/", "Origin: https://evil.example")
+            assert other.code == code
+            is_for_all = port == server.port
+            assert (other.head.get("access-control-allow-origin") is not None) == is_for_all
+            assert other.head.get("vary") == "Origin"
+        credentialed = await plane.request("GET", host(2), "/", f"Origin: {APP}")
+        assert credentialed.head.get("access-control-expose-headers") == "Retry-After, X-Request-Id"
+        assert credentialed.head.get("access-control-allow-credentials") == "true"
+        framed = await plane.request("GET", host(server.port), "/", "Accept: text/html")
+        assert "frame-ancestors 'none'" in framed.head.all("content-security-policy")
+
+
+async def hang_up(exchange: Exchange) -> None:
+    exchange.writer.close()
+
+
+async def test_a_page_can_read_why_a_sleeping_sandbox_failed(start_plane: StartPlane) -> None:
+    plane = await start_plane("--wake-timeout-s", "0.1")
+    policy = PolicyRule(allowed_origins=[APP])
+    await plane.put(state="frozen", ports={1: PortRoute("p", "public", (), policy)})
+    response = await plane.request("GET", host(1), "/", f"Origin: {APP}")
+    assert (response.code, response.head.get("access-control-allow-origin")) == ("wake_timeout", APP)
+
+
+async def test_a_page_can_read_that_the_api_is_away(start_plane: StartPlane) -> None:
+    plane = await start_plane("--api-origin", APP)
+    response = await plane.request("GET", "api.localhost", "/", f"Origin: {APP}")
+    assert (response.code, response.head.get("access-control-allow-origin")) == ("api_unavailable", APP)
+
+
+async def test_the_server_alone_decides_who_reads_without_a_policy(plane: Plane) -> None:
+    await plane.open(1)
+    response = await plane.request("GET", host(1), "/", f"Origin: {APP}")
+    assert (response.code, response.head.get("vary")) == ("port_closed", None)
+    assert response.head.get("access-control-allow-origin") is None

@@ -202,7 +202,7 @@ async def test_two_planes_do_not_share_anything(plane: Plane, run_dir: Path) -> 
         *("--listen", "127.0.0.1:0", "--api-socket", run_dir / "a", "--control-socket", plane.control_socket)
     )
     assert status == 1
-    assert "in use by another plane" in said
+    assert "it is in use by another process" in said
     assert (await plane.control.stats()).sandboxes == 0
 
 

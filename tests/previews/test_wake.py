@@ -297,3 +297,56 @@ async def test_a_wish_for_what_is_awake_or_unknown_is_ignored(plane: Plane) -> N
         writer.close()
         await plane.control.stats()
         assert woken == [sandbox_id("asleep")]
+
+
+async def test_a_wake_that_fails_releases_everybody_at_once(plane: Plane) -> None:
+    async with listening(plane) as woken:
+        await plane.put(state="hibernated", ports={1: PUBLIC})
+        requests = [begin(plane, 1) for _ in range(20)]
+        await held(plane, 20)
+        assert woken == [ID]
+        plane.control.refuse_wake(ID)
+        responses = await asyncio.gather(*requests)
+        assert {(response.status, response.code) for response in responses} == {(503, "wake_failed")}
+        assert {response.head.get("retry-after") for response in responses} <= {"0", "1"}
+        # Whoever comes next may have it tried again, but not at once.
+        retry = await next_try(plane, woken, 2)
+        plane.control.refuse_wake(ID)
+        assert (await retry).code == "wake_failed"
+        resting = await plane.request("GET", host(1))
+        assert (resting.code, resting.head.get("retry-after"), woken) == ("wake_failed", "2", [ID, ID])
+
+
+async def next_try(plane: Plane, woken: list[str], count: int) -> asyncio.Task[Response]:
+    """A request that is held because the plane has asked for the wake again."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            request = begin(plane, 1)
+            await asyncio.wait([request], timeout=0.2)
+            if len(woken) == count:
+                return request
+            assert (await request).code == "wake_failed"
+
+
+async def test_a_sandbox_that_wakes_after_all_is_served(plane: Plane) -> None:
+    async with listening(plane) as woken, tcp_upstream(describe) as upstream:
+        ports = {upstream.port: PUBLIC}
+        await plane.put(state="frozen", ports=ports)
+        request = begin(plane, upstream.port)
+        await eventually(lambda: woken == [ID], "asked")
+        plane.control.refuse_wake(ID)
+        assert (await request).code == "wake_failed"
+        await plane.put(ports=ports)
+        assert (await plane.request("GET", host(upstream.port))).status == 200
+        # And what failed before is forgotten.
+        await plane.put(state="frozen", ports=ports)
+        again = begin(plane, upstream.port)
+        await eventually(lambda: woken == [ID, ID], "asked at once")
+        await plane.put(ports=ports)
+        assert (await again).status == 200
+
+
+async def test_an_unknown_sandbox_that_does_not_wake_is_nobodys_concern(plane: Plane) -> None:
+    plane.control.refuse_wake(sandbox_id("nobody"))
+    async with tcp_upstream(describe) as upstream:
+        assert (await plane.request("GET", await plane.open(upstream.port))).status == 200

@@ -33,7 +33,7 @@ pub fn request(input: &[u8]) {
     let head = &input[..len];
     let mut fields = Vec::new();
     let Ok(parsed) = requests::parse(head, &mut fields) else { return };
-    let near = Peer::new(IpAddr::V4(Ipv4Addr::LOCALHOST), HTTPS);
+    let near = Peer::new(Some(IpAddr::V4(Ipv4Addr::LOCALHOST)), HTTPS);
     let told = trust::client_of(&["10.0.0.0/8".parse().expect("a network")], &near, head, &fields);
     let value = |field: Option<&fields::Field>| field.map(|field| field.value(head));
     let visit = Visit {

@@ -185,12 +185,17 @@ async def test_visitors_wake_it_once_however_often_the_plane_asks(
     engine: Engine, principal: Principal, sandbox: Sandbox
 ) -> None:
     await engine.pause_sandbox(principal, PauseSandbox(sandbox.id))
-    relay = WakeRelay(engine.pausing.wake)
+    refused: list[str] = []
+    relay = WakeRelay(engine.pausing.wake, refused.append)
     running = asyncio.create_task(relay.run())
     for _ in range(5):
         relay.note(sandbox.id)
-    relay.note(new_id())  # nobody's: refused by the host, and no reason to stop
+    stranger = new_id()
+    relay.note(stranger)  # nobody's: refused by the host, and no reason to stop
     await become(engine, principal, sandbox.id, RUNNING)
+    async with asyncio.timeout(30):
+        while refused != [stranger]:
+            await asyncio.sleep(0.01)
     assert (await event_types(engine, principal, sandbox.id)).count("sandbox.resumed") == 1
     await engine.pause_sandbox(principal, PauseSandbox(sandbox.id))
     relay.note(sandbox.id)

@@ -80,7 +80,10 @@ async def served(real: Engine, principal: Principal, machine_id: str, plane: Pla
         async def wake(sandbox_id: str) -> None:
             await engine.pausing.wake(sandbox_id)
 
-        wakes = WakeRelay(wake)
+        def refuse(sandbox_id: str) -> None:
+            client.refuse_wake(sandbox_id)
+
+        wakes = WakeRelay(wake, refuse)
         client = PlaneClient(
             str(plane.control_socket),
             on_poke=lambda _topic, _seq: events.wake(),

@@ -1,6 +1,6 @@
 //! The heads the plane sends: what came in, without what must not pass, with what only we may say.
 
-use std::net::IpAddr;
+use std::borrow::Cow;
 
 use crate::admit::{self, Credentials};
 use crate::http::Framing;
@@ -8,6 +8,7 @@ use crate::http::fields::{Field, Name, is_named_by_connection};
 use crate::http::request::Request;
 use crate::http::response::Response;
 use crate::policy::Terms;
+use crate::trust::Client;
 
 /// Protocol of a plain listener, as `X-Forwarded-Proto` says it.
 pub const HTTP: &str = "http";
@@ -28,10 +29,11 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// The client at `address`, which speaks `proto`.
-    pub fn new(address: IpAddr, proto: &'static str) -> Self {
-        let is_v6 = address.is_ipv6();
-        let address = address.to_string().into_boxed_str();
+    /// A client that speaks `proto`. Without an address it is `unknown` (RFC 7239, 6.2).
+    pub fn new(client: Client, proto: &'static str) -> Self {
+        let is_v6 = client.is_some_and(|address| address.is_ipv6());
+        let address = client.map_or(Cow::Borrowed("unknown"), |address| address.to_string().into());
+        let address = address.into_owned().into_boxed_str();
         let forwarded_for = if is_v6 { format!("\"[{address}]\"").into() } else { address.clone() };
         Self { address, forwarded_for, proto, is_trusted: false }
     }

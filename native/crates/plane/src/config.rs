@@ -6,18 +6,28 @@ use std::time::Duration;
 
 use clap::Parser;
 
+use crate::listen::{Access, Address};
 use crate::trust::Network;
 
 /// Sandgate's public listener: previews go to sandboxes, everything else to the API.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "sandgate-plane", version)]
 pub struct Config {
-    /// Address of the public listener; may be given several times. Port 0 lets the system choose.
+    /// Address of the public listener, or `unix:/PATH`; may be given several times. Port 0 lets the system choose.
     #[arg(long, required = true)]
-    pub listen: Vec<SocketAddr>,
+    pub listen: Vec<Address>,
     /// Address of the public TLS listener; may be given several times.
     #[arg(long, requires = "tls_dir")]
-    pub tls_listen: Vec<SocketAddr>,
+    pub tls_listen: Vec<Address>,
+    /// Permission bits of the public listeners' Unix sockets, in octal.
+    #[arg(long, default_value = "660", value_parser = mode)]
+    pub socket_mode: u32,
+    /// Number of the user they belong to [default: our own].
+    #[arg(long)]
+    pub socket_user: Option<u32>,
+    /// Number of the group they belong to [default: our own].
+    #[arg(long)]
+    pub socket_group: Option<u32>,
     /// Directory of NAME.crt and NAME.key, PEM; read again on SIGHUP and when a file changes.
     #[arg(long)]
     pub tls_dir: Option<PathBuf>,
@@ -36,7 +46,7 @@ pub struct Config {
     /// Origin whose pages may call the API, or "*"; may be given several times.
     #[arg(long)]
     pub api_origin: Vec<String>,
-    /// Address or network of a proxy whose X-Forwarded-For and X-Forwarded-Proto are believed; may be given several
+    /// Address or network of a proxy, or unix, whose X-Forwarded-For and X-Forwarded-Proto are believed; may be given several
     /// times.
     #[arg(long)]
     pub trusted_proxy: Vec<Network>,
@@ -123,6 +133,13 @@ pub struct Limits {
     /// Without the receiver taking a byte that waits for it.
     #[arg(long, default_value_t = 60.0)]
     pub send_timeout_s: f64,
+    /// Bytes per second that a client must take of a response, or send of a request's body, while they are waited for;
+    /// 0: any. As low as other servers have it: a bad line shared by several connections is still faster.
+    #[arg(long, default_value_t = 240)]
+    pub client_bytes_per_s_min: u64,
+    /// So much waiting for a client is judged by that at a time.
+    #[arg(long, default_value_t = 60.0)]
+    pub client_rate_window_s: f64,
     /// Without an event, a comment keeps an event stream alive this often.
     #[arg(long, default_value_t = 15.0)]
     pub stream_heartbeat_s: f64,
@@ -155,11 +172,21 @@ impl Config {
         self.hostd_socket.clone().unwrap_or_else(|| self.control_socket.with_file_name("hostd.sock"))
     }
 
+    /// Who may connect to Unix sockets.
+    pub fn socket_access(&self) -> Access {
+        Access { mode: self.socket_mode, user: self.socket_user, group: self.socket_group }
+    }
+
     /// Number of worker threads.
     pub fn worker_count(&self) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         self.workers.unwrap_or_else(cores).max(1)
     }
+}
+
+fn mode(text: &str) -> Result<u32, String> {
+    let bits = u32::from_str_radix(text, 8).ok().filter(|bits| *bits <= 0o777);
+    bits.ok_or_else(|| "not permission bits in octal, such as 660".into())
 }
 
 fn share(text: &str) -> Result<f64, String> {

@@ -60,7 +60,7 @@ pub async fn serve<C: Transport>(worker: &Worker, watch: &Watch, stream: C, peer
         watch,
         client: Shared::new(stream),
         peer,
-        audience: Cell::default(),
+        audience: RefCell::default(),
         class: Cell::new(Class::None),
         record: RefCell::default(),
         is_open: Cell::new(false),
@@ -90,7 +90,7 @@ pub async fn serve<C: Transport>(worker: &Worker, watch: &Watch, stream: C, peer
 
 /// Answers a connection that is one too many.
 pub async fn turn_away<C: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, mut stream: C) {
-    let bytes = Failure::from(Code::TooManyConnections).render(Audience::default(), &worker.request_id());
+    let bytes = Failure::from(Code::TooManyConnections).render(&Audience::default(), &worker.request_id());
     worker.counters.failure(Code::TooManyConnections);
     worker.counters.request(Class::None, Code::TooManyConnections.status());
     if matches!(timeout(LINGER, stream.write_all(&bytes)).await, Ok(Ok(()))) {
@@ -123,7 +123,7 @@ struct Session<'a, C> {
     watch: &'a Watch,
     client: Shared<C>,
     peer: Peer,
-    audience: Cell<Audience>,
+    audience: RefCell<Audience>,
     class: Cell<Class>,
     record: RefCell<Option<Record>>,
     /// Whether the current request is not finished yet.
@@ -134,7 +134,7 @@ impl<C: Transport> Session<'_, C> {
     async fn requests(&self) -> Exit {
         let mut inbox = Inbox::default();
         loop {
-            self.audience.set(Audience::default());
+            self.audience.replace(Audience::default());
             self.class.set(Class::None);
             let head_len = match self.read_head(&mut inbox).await {
                 Ok(Some(len)) => len,
@@ -218,7 +218,7 @@ impl<C: Transport> Session<'_, C> {
         head.0.extend_from_slice(&inbox.data()[..head_len]);
         inbox.consume(head_len);
         self.class.set(Class::Preview);
-        self.audience.set(asleep.audience);
+        self.audience.replace(asleep.audience.clone());
         self.note_sandbox(&asleep.sandbox);
         hold(self.worker, self.watch, &mut &self.client, inbox, asleep, || self.decide(&head.0, |_| ())).await
     }
@@ -284,7 +284,7 @@ impl<C: Transport> Session<'_, C> {
     async fn write(&self, bytes: &[u8]) -> std::io::Result<()> {
         self.watch.answer(self.worker.now_us());
         self.watch.down.set(Phase::Send, self.worker.after(self.worker.config.limits.send_timeout_s));
-        let outcome = write_both(&mut &self.client, bytes, &[], || ()).await;
+        let outcome = write_both(&mut &self.client, bytes, &[], |_| ()).await;
         self.watch.down.clear();
         outcome
     }
@@ -292,22 +292,22 @@ impl<C: Transport> Session<'_, C> {
     /// Answers a request after which the connection cannot go on.
     async fn refuse(&self, failure: Failure) -> Exit {
         let request_id = self.worker.request_id();
-        let audience = Audience { is_keep_alive: false, ..self.audience.get() };
-        let bytes = failure.render(audience, &request_id);
+        let audience = Audience { is_keep_alive: false, ..self.audience.borrow().clone() };
+        let bytes = failure.render(&audience, &request_id);
         self.finished(failure.code.status(), Some(failure.code), Some(request_id));
         if self.write(&bytes).await.is_ok() { Exit::Linger } else { Exit::Closed }
     }
 
     async fn answer(&self, answer: Answer) -> Option<Exit> {
-        let audience = answer.audience;
-        let can_go_on = answer.framing == Framing::None && audience.is_keep_alive && !self.worker.is_draining.get();
+        let is_keep_alive = answer.audience.is_keep_alive;
+        let can_go_on = answer.framing == Framing::None && is_keep_alive && !self.worker.is_draining.get();
         self.class.set(answer.class);
-        self.audience.set(audience);
+        self.audience.replace(answer.audience);
         match answer.kind {
             AnswerKind::Failure(failure) if !can_go_on => Some(self.refuse(failure).await),
             AnswerKind::Failure(failure) => {
                 let request_id = self.worker.request_id();
-                let bytes = failure.render(audience, &request_id);
+                let bytes = failure.render(&self.audience.borrow(), &request_id);
                 self.finished(failure.code.status(), Some(failure.code), Some(request_id));
                 self.write(&bytes).await.is_err().then_some(Exit::Closed)
             }
@@ -324,7 +324,7 @@ impl<C: Transport> Session<'_, C> {
 
     async fn forward(&self, mut forward: Forward, inbox: &mut Inbox) -> Option<Exit> {
         self.class.set(if forward.address.is_some() { Class::Preview } else { Class::Api });
-        self.audience.set(forward.audience);
+        self.audience.replace(forward.audience.clone());
         if let Some(sandbox) = &forward.sandbox {
             self.note_sandbox(sandbox);
         }
@@ -376,7 +376,7 @@ impl<C: Transport> Session<'_, C> {
             self.worker.counters.timeout(phase);
         }
         let code = match end {
-            End::Timeout(Phase::Head | Phase::Body) => Code::RequestTimeout,
+            End::Timeout(Phase::Head | Phase::Body | Phase::SlowBody) => Code::RequestTimeout,
             End::Timeout(Phase::Wake) => Code::WakeTimeout,
             End::Timeout(Phase::Connect | Phase::Response | Phase::Push) if self.class.get() == Class::Api => {
                 Code::ApiUnavailable

@@ -16,6 +16,7 @@ use tokio::sync::{broadcast, mpsc, watch};
 
 use crate::handover::{self, Group};
 use crate::journal::{Follower, Journal};
+use crate::listen;
 use crate::message::{self, Body, Message};
 use crate::metrics::Metrics;
 use crate::operator;
@@ -359,6 +360,11 @@ impl Control {
                     let _ = self.knocks.send(id.into());
                 }
             }
+            Body::WakeFailed { id } => {
+                if let Some(sandbox) = self.table.get(&id) {
+                    sandbox.wake.fail();
+                }
+            }
             Body::Activity { ids } => {
                 self.is_no_api(connection);
                 self.touch(ids.iter().map(String::as_str));
@@ -502,16 +508,11 @@ async fn read_line<R: AsyncBufRead + Unpin>(reader: &mut R, line: &mut Vec<u8>) 
 
 /// Opens the socket for us alone. A file left by a process that is gone is replaced; a live one is an error.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
-    if std::os::unix::net::UnixStream::connect(path).is_ok() {
-        return Err(io::Error::new(io::ErrorKind::AddrInUse, format!("{} is in use by another plane", path.display())));
-    }
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    // The mask is the process's; no other thread makes files yet.
-    let mask = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
-    let listener = UnixListener::bind(path);
-    rustix::process::umask(mask);
-    listener
+    let open = || {
+        listen::clear(path)?;
+        let listener = listen::bind_private(path)?;
+        listener.set_nonblocking(true)?;
+        UnixListener::from_std(listener)
+    };
+    open().map_err(|error| io::Error::new(error.kind(), format!("cannot listen at {}: {error}", path.display())))
 }

@@ -24,7 +24,8 @@ use crate::failure::{Code, Failure};
 use crate::http::body::Body;
 use crate::http::response::{self, Response};
 use crate::http::{Framing, find_end};
-use crate::net::{Shared, Upstream, write_both};
+use crate::net::{Shared, Socket, write_both};
+use crate::pace::Pace;
 use crate::prepare::Forward;
 use crate::pump::{Flow, PumpError, pump};
 use crate::streams::hub::Joining;
@@ -50,7 +51,7 @@ pub enum Done {
 /// What a tunnel starts with.
 pub struct Switch {
     /// The connection.
-    pub upstream: Upstream,
+    pub upstream: Socket,
     /// What it has said already.
     pub reply: Inbox,
 }
@@ -105,7 +106,7 @@ pub async fn exchange<C: AsyncRead + AsyncWrite + Unpin>(
 }
 
 /// A pooled connection. For a request that must not be sent twice, one that is known to be open right now.
-fn take_pooled(worker: &Worker, forward: &Forward) -> Option<Upstream> {
+fn take_pooled(worker: &Worker, forward: &Forward) -> Option<Socket> {
     loop {
         let upstream = worker.pool.take(forward.target)?;
         if upstream.is_quiet() && (forward.is_replayable || upstream.is_surely_quiet()) {
@@ -114,14 +115,14 @@ fn take_pooled(worker: &Worker, forward: &Forward) -> Option<Upstream> {
     }
 }
 
-async fn connect(worker: &Worker, watch: &Watch, forward: &Forward) -> Result<Upstream, Code> {
+async fn connect(worker: &Worker, watch: &Watch, forward: &Forward) -> Result<Socket, Code> {
     watch.down.set(Phase::Connect, worker.after(worker.config.limits.connect_timeout_s));
     let connected = match forward.address {
-        None => UnixStream::connect(&worker.config.api_socket).await.map(Upstream::Unix),
+        None => UnixStream::connect(&worker.config.api_socket).await.map(Socket::Unix),
         Some(address) => {
             let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
             match socket.and_then(|socket| socket.set_nodelay(true).map(|()| socket)) {
-                Ok(socket) => socket.connect(address).await.map(Upstream::Tcp),
+                Ok(socket) => socket.connect(address).await.map(Socket::Tcp),
                 Err(error) => Err(error),
             }
         }
@@ -140,7 +141,7 @@ struct Attempt<'a, C> {
     worker: &'a Worker,
     watch: &'a Watch,
     client: &'a Shared<C>,
-    upstream: Shared<Upstream>,
+    upstream: Shared<Socket>,
     forward: &'a Forward,
     is_pooled: bool,
     has_sent: Cell<bool>,
@@ -222,7 +223,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
         let limits = &self.worker.config.limits;
         let flow = Flow {
             worker: self.worker,
-            deadline: &self.watch.up,
+            watch: self.watch,
             read: (Phase::Body, limits.body_timeout_s),
             write: (Phase::Push, limits.send_timeout_s),
             count: &self.worker.counters.bytes_up,
@@ -231,6 +232,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
             bytes_max: self.body_bytes_max(),
             is_unchunked: false,
             has_sent: &self.has_sent,
+            pace: Pace::default(),
         };
         let mut body = Body::new(self.forward.framing);
         let (mut reader, mut writer) = (self.client, &self.upstream);
@@ -361,7 +363,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
                 && !matches!(order, Some(Order::Events(_)))
                 && !self.worker.is_draining.get();
             let is_preview = self.forward.sandbox.is_some();
-            let terms = self.forward.terms.as_ref();
+            let terms = self.forward.audience.terms.as_deref();
             let reply = Reply { minor: self.forward.minor, is_keep_alive, is_switch, is_unchunked, is_preview, terms };
             compose::response(&mut out.0, head, &fields, &response, reply);
             Ok((response, reply, order))
@@ -378,14 +380,14 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
 
     async fn send(&self, head: &[u8]) -> Result<(), Broken> {
         let mut writer = self.client;
-        write_both(&mut writer, head, &[], || ()).await.map_err(|_| Broken::Aborted)
+        write_both(&mut writer, head, &[], |_| ()).await.map_err(|_| Broken::Aborted)
     }
 
     fn flow_down(&self, is_unchunked: bool) -> Flow<'_> {
         let limits = &self.worker.config.limits;
         Flow {
             worker: self.worker,
-            deadline: &self.watch.down,
+            watch: self.watch,
             read: (Phase::Stream, limits.stream_timeout_s),
             write: (Phase::Send, limits.send_timeout_s),
             count: &self.worker.counters.bytes_down,
@@ -394,6 +396,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
             bytes_max: u64::MAX,
             is_unchunked,
             has_sent: &self.watch.is_answering,
+            pace: Pace::default(),
         }
     }
 

@@ -1,8 +1,11 @@
 //! The answers the plane gives itself: typed failures, as JSON for programs and as a page for browsers.
 
-use std::fmt::Write as _;
+use std::io::Write as _;
+use std::rc::Rc;
 
 use sandgate_hosts::access::Verdict;
+
+use crate::policy::Terms;
 
 /// What went wrong. The closed list; docs/previews.md explains each row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +18,8 @@ pub enum Code {
     SandboxPaused,
     /// It was not awake in time.
     WakeTimeout,
+    /// It cannot be woken, as far as its host knows.
+    WakeFailed,
     /// Too many requests wait for it already.
     TooManyWaiting,
     /// Nothing listens on the port.
@@ -51,6 +56,9 @@ pub enum Code {
     ApiUnavailable,
 }
 
+/// The reason of status 503.
+const UNAVAILABLE: &str = "Service Unavailable";
+
 struct Row {
     code: &'static str,
     status: u16,
@@ -60,7 +68,7 @@ struct Row {
 }
 
 /// Number of codes; indexes counters.
-pub const CODES: usize = 21;
+pub const CODES: usize = 22;
 
 impl Code {
     /// Every code.
@@ -69,6 +77,7 @@ impl Code {
         Self::SandboxStarting,
         Self::SandboxPaused,
         Self::WakeTimeout,
+        Self::WakeFailed,
         Self::TooManyWaiting,
         Self::PortClosed,
         Self::SandboxGone,
@@ -94,23 +103,20 @@ impl Code {
             Self::PreviewUnknown => {
                 row("preview_unknown", 404, "Not Found", None, "There is no preview at this address.")
             }
-            Self::SandboxStarting => row(
-                "sandbox_starting",
-                503,
-                "Service Unavailable",
-                Some(1),
-                "The sandbox is starting. Try again in a moment.",
-            ),
+            Self::SandboxStarting => {
+                row("sandbox_starting", 503, UNAVAILABLE, Some(1), "The sandbox is starting. Try again in a moment.")
+            }
             Self::SandboxPaused => {
                 row("sandbox_paused", 409, "Conflict", None, "This sandbox is paused. Resume it to open its preview.")
             }
             Self::WakeTimeout => {
                 row("wake_timeout", 504, "Gateway Timeout", Some(1), "The sandbox did not wake up in time.")
             }
+            Self::WakeFailed => row("wake_failed", 503, UNAVAILABLE, Some(1), "The sandbox does not wake up."),
             Self::TooManyWaiting => row(
                 "too_many_waiting",
                 503,
-                "Service Unavailable",
+                UNAVAILABLE,
                 Some(1),
                 "Too many requests wait for this sandbox to wake up. Try again in a moment.",
             ),
@@ -141,7 +147,7 @@ impl Code {
             Self::TooManyConnections => row(
                 "too_many_connections",
                 503,
-                "Service Unavailable",
+                UNAVAILABLE,
                 Some(1),
                 "There are too many connections. Try again in a moment.",
             ),
@@ -179,13 +185,9 @@ impl Code {
                 None,
                 "This HTTP version is not supported.",
             ),
-            Self::ApiUnavailable => row(
-                "api_unavailable",
-                503,
-                "Service Unavailable",
-                Some(1),
-                "The API is not available. Try again in a moment.",
-            ),
+            Self::ApiUnavailable => {
+                row("api_unavailable", 503, UNAVAILABLE, Some(1), "The API is not available. Try again in a moment.")
+            }
         }
     }
 
@@ -207,11 +209,20 @@ pub struct Failure {
     pub code: Code,
     /// A sentence that says more than the code's own.
     pub detail: Option<&'static str>,
+    /// When to try again, where the code's own advice does not hold.
+    pub retry_after_s: Option<u32>,
+}
+
+impl Failure {
+    /// A failure in other words than the code's own.
+    pub fn with_detail(code: Code, detail: &'static str) -> Self {
+        Self { detail: Some(detail), ..code.into() }
+    }
 }
 
 impl From<Code> for Failure {
     fn from(code: Code) -> Self {
-        Self { code, detail: None }
+        Self { code, detail: None, retry_after_s: None }
     }
 }
 
@@ -220,17 +231,16 @@ impl From<Verdict> for Failure {
         match verdict {
             Verdict::Missing => Code::TokenMissing.into(),
             Verdict::Expired => Code::TokenExpired.into(),
-            Verdict::OutOfScope => Self {
-                code: Code::TokenInvalid,
-                detail: Some("This token is for another port or path of the sandbox."),
-            },
+            Verdict::OutOfScope => {
+                Self::with_detail(Code::TokenInvalid, "This token is for another port or path of the sandbox.")
+            }
             Verdict::Invalid | Verdict::Open => Code::TokenInvalid.into(),
         }
     }
 }
 
 /// How a failure is to be told.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Default)]
 pub struct Audience {
     /// A browser: a page instead of JSON.
     pub is_browser: bool,
@@ -238,16 +248,19 @@ pub struct Audience {
     pub is_head: bool,
     /// The connection stays open after it.
     pub is_keep_alive: bool,
+    /// What other sites may do with it.
+    pub terms: Option<Rc<Terms>>,
 }
 
 impl Failure {
     /// The whole response.
-    pub fn render(&self, audience: Audience, request_id: &str) -> Vec<u8> {
-        let row = self.code.row();
+    pub fn render(&self, audience: &Audience, request_id: &str) -> Vec<u8> {
+        let row = self.row();
         let message = self.detail.unwrap_or(row.message);
         let body = if audience.is_browser { page(&row, message, request_id) } else { json(&row, message, request_id) };
         let kind = if audience.is_browser { "text/html; charset=utf-8" } else { "application/json" };
-        let mut out = String::with_capacity(body.len() + 512);
+        let mut out = Vec::with_capacity(body.len() + 512);
+        // Writing to memory does not fail.
         let _ = write!(
             out,
             "HTTP/1.1 {} {}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nCache-Control: no-store\r\nX-Request-Id: {request_id}\r\n",
@@ -259,19 +272,27 @@ impl Failure {
             let _ = write!(out, "Retry-After: {seconds}\r\n");
         }
         if row.status == 401 {
-            out.push_str("WWW-Authenticate: Bearer realm=\"preview\"\r\n");
+            out.extend_from_slice(b"WWW-Authenticate: Bearer realm=\"preview\"\r\n");
         }
         if audience.is_browser {
-            out.push_str("Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'\r\n");
+            out.extend_from_slice(b"Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'\r\n");
+        }
+        if let Some(terms) = &audience.terms {
+            terms.push_own(&mut out);
         }
         if !audience.is_keep_alive {
-            out.push_str("Connection: close\r\n");
+            out.extend_from_slice(b"Connection: close\r\n");
         }
-        out.push_str("\r\n");
+        out.extend_from_slice(b"\r\n");
         if !audience.is_head {
-            out.push_str(&body);
+            out.extend_from_slice(body.as_bytes());
         }
-        out.into_bytes()
+        out
+    }
+
+    fn row(&self) -> Row {
+        let row = self.code.row();
+        Row { retry_after_s: self.retry_after_s.or(row.retry_after_s), ..row }
     }
 }
 

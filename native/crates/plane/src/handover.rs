@@ -13,7 +13,6 @@
 
 use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
-use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -25,6 +24,8 @@ use rustix::net::{
     recvmsg, sendmsg,
 };
 use serde::{Deserialize, Serialize};
+
+use crate::listen::{self, Address, Listening};
 
 /// Descriptors in one message; the kernel permits 253.
 const DESCRIPTORS_MAX: usize = 64;
@@ -49,16 +50,16 @@ pub struct Group {
     /// What they are for.
     pub kind: Kind,
     /// The address.
-    pub address: SocketAddr,
+    pub address: Address,
     /// One per worker.
-    pub sockets: Vec<TcpListener>,
+    pub sockets: Vec<Listening>,
 }
 
 impl Group {
     /// The sockets `all` lead to, once more.
-    pub fn copy(kind: Kind, all: &[TcpListener]) -> io::Result<Self> {
-        let sockets = all.iter().map(TcpListener::try_clone).collect::<io::Result<Vec<_>>>()?;
-        let address = sockets.first().map_or_else(|| Err(io::ErrorKind::NotFound.into()), TcpListener::local_addr)?;
+    pub fn copy(kind: Kind, all: &[Listening]) -> io::Result<Self> {
+        let sockets = all.iter().map(Listening::try_clone).collect::<io::Result<Vec<_>>>()?;
+        let address = sockets.first().map_or_else(|| Err(io::ErrorKind::NotFound.into()), Listening::address)?;
         Ok(Self { kind, address, sockets })
     }
 }
@@ -74,7 +75,7 @@ pub enum Line {
         /// What they are for.
         kind: Kind,
         /// Their address.
-        address: SocketAddr,
+        address: Address,
         /// How many.
         count: usize,
     },
@@ -97,14 +98,14 @@ fn encode(line: &Line) -> io::Result<Vec<u8>> {
 pub async fn send(stream: &tokio::net::UnixStream, groups: &[Group]) -> io::Result<()> {
     for group in groups {
         for batch in group.sockets.chunks(DESCRIPTORS_MAX) {
-            let line = Line::Listener { kind: group.kind, address: group.address, count: batch.len() };
+            let line = Line::Listener { kind: group.kind, address: group.address.clone(), count: batch.len() };
             send_line(stream, &line, batch).await?;
         }
     }
     send_line(stream, &Line::HandedOver, &[]).await
 }
 
-async fn send_line(stream: &tokio::net::UnixStream, line: &Line, sockets: &[TcpListener]) -> io::Result<()> {
+async fn send_line(stream: &tokio::net::UnixStream, line: &Line, sockets: &[Listening]) -> io::Result<()> {
     let bytes = encode(line)?;
     let descriptors: Vec<BorrowedFd<'_>> = sockets.iter().map(AsFd::as_fd).collect();
     let give = || {
@@ -146,14 +147,18 @@ impl Predecessor {
     }
 
     /// The sockets of one address, if there are any. Port 0 takes whatever port there is.
-    pub fn take(&mut self, kind: Kind, address: SocketAddr) -> Option<Group> {
-        let is_same = |found: SocketAddr| found == address || (address.port() == 0 && found.ip() == address.ip());
-        let at = self.groups.iter().position(|group| group.kind == kind && is_same(group.address))?;
+    pub fn take(&mut self, kind: Kind, address: &Address) -> Option<Group> {
+        let is_same = |found: &Address| match (found, address) {
+            (Address::Tcp(found), Address::Tcp(wanted)) if wanted.port() == 0 => found.ip() == wanted.ip(),
+            _ => found == address,
+        };
+        let at = self.groups.iter().position(|group| group.kind == kind && is_same(&group.address))?;
         Some(self.groups.remove(at))
     }
 
-    /// Tells it that this process serves now.
+    /// Tells it that this process serves now. What it had and was not taken ends.
     pub fn dismiss(mut self) -> io::Result<()> {
+        listen::forget(self.groups.iter().map(|group| &group.address));
         self.say(&Line::Done)
     }
 
@@ -171,8 +176,9 @@ impl Predecessor {
                 match line {
                     Line::HandedOver => return Ok(()),
                     Line::Listener { kind, address, count } => {
-                        let sockets = descriptors.drain(..count.min(descriptors.len())).map(TcpListener::from);
-                        self.keep(Group { kind, address, sockets: sockets.collect() });
+                        let received = descriptors.drain(..count.min(descriptors.len()));
+                        let sockets = received.map(|descriptor| Listening::inherited(&address, descriptor)).collect();
+                        self.keep(Group { kind, address, sockets });
                     }
                     Line::HandOver | Line::Done | Line::Other => {}
                 }

@@ -3,6 +3,7 @@
 //! ```text
 //! held ──it runs──▶ forwarded to its address of now     ──destroyed, or access withdrawn──▶ answered so
 //!      ──time-out──▶ wake_timeout                       ──client leaves──▶ closed
+//!      ──it cannot be woken──▶ wake_failed
 //! ```
 
 use std::future::pending;
@@ -48,6 +49,10 @@ pub async fn hold<R: AsyncRead + Unpin>(
     decide: impl Fn() -> Result<Decision, Failure>,
 ) -> Option<Result<Plan, Failure>> {
     let limits = &worker.config.limits;
+    let failures = hold.sandbox.wake.failures();
+    if let Some(rest_s) = hold.sandbox.wake.rest_s() {
+        return Some(Ok(Plan::Answer(hold.refused(failed(rest_s)))));
+    }
     let Some(place) = Place::take(&hold.sandbox.wake, limits.wake_waiting_max) else {
         return Some(Ok(Plan::Answer(hold.refused(Code::TooManyWaiting))));
     };
@@ -58,6 +63,9 @@ pub async fn hold<R: AsyncRead + Unpin>(
             let mut changed = pin!(place.wake().changed());
             changed.as_mut().enable();
             match decide() {
+                Ok(Decision::Hold(hold)) if place.wake().failures() != failures => {
+                    return Ok(Plan::Answer(hold.refused(failed(place.wake().rest_s().unwrap_or(0)))));
+                }
                 Ok(Decision::Hold(hold)) => worker.knock(&hold.sandbox),
                 Ok(Decision::Now(plan)) if is_starting(&plan) => {}
                 Ok(Decision::Now(plan)) => return Ok(plan),
@@ -86,6 +94,11 @@ pub async fn hold<R: AsyncRead + Unpin>(
     watch.up.clear();
     watch.down.clear();
     plan
+}
+
+/// It cannot be woken; the next try is possible after `rest_s`.
+fn failed(rest_s: u32) -> Failure {
+    Failure { retry_after_s: Some(rest_s), ..Code::WakeFailed.into() }
 }
 
 /// On its way from sleep: not worth an answer to somebody who waits already.

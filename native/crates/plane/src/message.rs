@@ -78,6 +78,11 @@ pub enum Body {
         /// Its id.
         id: String,
     },
+    /// A sandbox that was asked for cannot be woken.
+    WakeFailed {
+        /// Its id.
+        id: String,
+    },
     /// This connection can publish the event log.
     Volunteer,
     /// The next stretch of the event log.
@@ -288,6 +293,7 @@ pub fn apply(body: Body, line: &str, table: &Table, sync: &mut Option<Seen>, now
         },
         Body::Poke { .. }
         | Body::Wake { .. }
+        | Body::WakeFailed { .. }
         | Body::Activity { .. }
         | Body::Stats
         | Body::Routes { .. }

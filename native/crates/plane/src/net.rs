@@ -17,13 +17,7 @@ pub trait Transport: AsyncRead + AsyncWrite + Unpin {
     }
 }
 
-impl Transport for TcpStream {
-    fn socket(&self) -> Option<&TcpStream> {
-        Some(self)
-    }
-}
-
-impl Transport for TlsStream<TcpStream> {}
+impl Transport for TlsStream<Socket> {}
 
 /// A stream whose read and write side are used by two futures of one task.
 ///
@@ -104,15 +98,15 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for &Shared<S> {
     }
 }
 
-/// A connection to a sandbox (TCP) or to the API (Unix socket).
-pub enum Upstream {
-    /// To a port of a sandbox.
+/// A connection by TCP or by a Unix socket.
+pub enum Socket {
+    /// Of a client, or to a port of a sandbox.
     Tcp(TcpStream),
-    /// To the API.
+    /// Of a proxy on this machine, or to the API.
     Unix(UnixStream),
 }
 
-impl Upstream {
+impl Socket {
     /// Whether an idle connection can still be used, as far as the reactor has told us: open, and with nothing said on
     /// it unasked. Costs no system call unless there is something to read.
     pub fn is_quiet(&self) -> bool {
@@ -135,7 +129,7 @@ impl Upstream {
     }
 }
 
-impl Transport for Upstream {
+impl Transport for Socket {
     fn socket(&self) -> Option<&TcpStream> {
         match self {
             Self::Tcp(stream) => Some(stream),
@@ -144,7 +138,7 @@ impl Transport for Upstream {
     }
 }
 
-impl AsyncRead for Upstream {
+impl AsyncRead for Socket {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
@@ -153,7 +147,7 @@ impl AsyncRead for Upstream {
     }
 }
 
-impl AsyncWrite for Upstream {
+impl AsyncWrite for Socket {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_write(cx, data),
@@ -189,12 +183,12 @@ impl AsyncWrite for Upstream {
 }
 
 /// Writes `head` and `body`, with one call if it takes them, and flushes what the writer keeps back (a TLS stream does;
-/// a socket never). `on_progress` is told of every call that took some.
+/// a socket never). `on_progress` is told how much each call took.
 pub async fn write_both<W: AsyncWrite + Unpin>(
     writer: &mut W,
     head: &[u8],
     body: &[u8],
-    on_progress: impl Fn(),
+    on_progress: impl Fn(usize),
 ) -> io::Result<()> {
     let (mut head, mut body) = (head, body);
     std::future::poll_fn(|cx| {
@@ -209,7 +203,7 @@ pub async fn write_both<W: AsyncWrite + Unpin>(
             if count == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            on_progress();
+            on_progress(count);
             let of_head = count.min(head.len());
             head = &head[of_head..];
             body = &body[count - of_head..];

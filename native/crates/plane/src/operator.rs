@@ -1,12 +1,12 @@
 //! What an operator is shown over the control socket: routes, and who uses the plane.
 
-use std::net::IpAddr;
 use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 
 use crate::metrics::Metrics;
 use crate::table::{Entry, Sandbox, State, Table};
+use crate::trust::{Client, UNIX};
 use crate::worker::Census;
 
 /// Sandboxes in one answer: with many ports each they still fit into a line.
@@ -69,7 +69,7 @@ pub fn connections(table: &Table, metrics: &Metrics, census: &Census) -> Value {
     });
     sandboxes.sort_unstable_by(|a, b| b.cmp(a));
     sandboxes.truncate(BUSIEST);
-    let mut clients: Vec<(IpAddr, usize)> = census.clients();
+    let mut clients: Vec<(Client, usize)> = census.clients();
     clients.sort_unstable_by_key(|&(address, count)| (std::cmp::Reverse(count), address));
     clients.truncate(BUSIEST);
     let sandboxes: Vec<Value> = sandboxes
@@ -78,8 +78,9 @@ pub fn connections(table: &Table, metrics: &Metrics, census: &Census) -> Value {
             json!({"id": id, "slug": slug, "in_flight": in_flight, "waiting": waiting})
         })
         .collect();
+    let name = |client: Client| client.map_or_else(|| UNIX.into(), |address| address.to_string());
     let clients: Vec<Value> =
-        clients.into_iter().map(|(address, count)| json!({"address": address, "connections": count})).collect();
+        clients.into_iter().map(|(client, count)| json!({"address": name(client), "connections": count})).collect();
     json!({
         "connections": metrics.connections(), "tunnels": metrics.tunnels(), "waiting": metrics.waiting(),
         "requests": metrics.requests(), "clients": clients, "sandboxes": sandboxes,

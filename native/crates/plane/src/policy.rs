@@ -4,6 +4,8 @@
 
 /// How long a browser may remember the answer to a preflight request.
 const MAX_AGE_S: u32 = 600;
+/// Fields of our own answers that tell a program something; with credentials they must be named.
+const OWN_FIELDS: &[u8] = b"Retry-After, X-Request-Id";
 
 /// What is allowed.
 #[derive(Debug, Default)]
@@ -126,6 +128,15 @@ impl Terms {
     /// The fields to add.
     pub fn lines(&self) -> &[u8] {
         &self.lines
+    }
+
+    /// Appends the fields for an answer of our own.
+    pub fn push_own(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.lines);
+        if self.is_credentialed {
+            // Without an allowed origin nobody looks at it.
+            push(out, "Access-Control-Expose-Headers", OWN_FIELDS);
+        }
     }
 
     /// What is left of a field that the server behind has sent, as a whole line; none: it passes as it is.

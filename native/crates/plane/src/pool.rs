@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-use crate::net::Upstream;
+use crate::net::Socket;
 
 /// Idle connections kept per target.
 const IDLE_MAX: usize = 64;
@@ -23,7 +23,7 @@ pub enum Target {
 }
 
 struct Idle {
-    stream: Upstream,
+    stream: Socket,
     since_ms: u64,
 }
 
@@ -35,13 +35,13 @@ pub struct Pool {
 
 impl Pool {
     /// An idle connection, the one used last first.
-    pub fn take(&self, target: Target) -> Option<Upstream> {
+    pub fn take(&self, target: Target) -> Option<Socket> {
         let mut idle = self.idle.borrow_mut();
         Some(idle.get_mut(&target)?.pop()?.stream)
     }
 
     /// Keeps a connection whose last exchange ended in good order.
-    pub fn give(&self, target: Target, stream: Upstream, now_ms: u64) {
+    pub fn give(&self, target: Target, stream: Socket, now_ms: u64) {
         let mut idle = self.idle.borrow_mut();
         let list = idle.entry(target).or_default();
         if list.len() < IDLE_MAX {

@@ -1,6 +1,7 @@
 //! From a request's head to a plan: where it goes, or which answer it gets. No waiting happens here.
 
 use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -52,8 +53,8 @@ pub struct Hold {
 
 impl Hold {
     /// What to answer instead.
-    pub fn refused(&self, code: Code) -> Answer {
-        let kind = AnswerKind::Failure(code.into());
+    pub fn refused(self, failure: impl Into<Failure>) -> Answer {
+        let kind = AnswerKind::Failure(failure.into());
         Answer { class: Class::Preview, kind, audience: self.audience, framing: self.framing }
     }
 }
@@ -101,7 +102,7 @@ pub struct Forward {
     pub is_upgrade: bool,
     /// Sending it twice does no harm.
     pub is_replayable: bool,
-    /// For failures further on.
+    /// To whom the answer goes.
     pub audience: Audience,
     /// The sandbox, none for the API.
     pub sandbox: Option<Arc<Sandbox>>,
@@ -109,8 +110,6 @@ pub struct Forward {
     pub admission: Option<Admission>,
     /// Its place among the sandbox's requests.
     pub slot: Option<Slot>,
-    /// What other sites may do with the response.
-    pub terms: Option<Terms>,
 }
 
 /// A place among the requests in flight to a sandbox; free again when dropped.
@@ -132,7 +131,7 @@ impl Drop for Slot {
 impl From<HeadError> for Failure {
     fn from(error: HeadError) -> Self {
         match error {
-            HeadError::Malformed(what) => Self { code: Code::BadRequest, detail: Some(what) },
+            HeadError::Malformed(what) => Self::with_detail(Code::BadRequest, what),
             HeadError::TooLarge => Code::HeadTooLarge.into(),
             HeadError::Version => Code::VersionUnsupported.into(),
             HeadError::Method => Code::MethodUnsupported.into(),
@@ -150,16 +149,16 @@ pub fn prepare(worker: &Worker, peer: &Peer, head: &[u8], fields: &mut Vec<Field
     let told = peer.is_trusted.then(|| trust::client_of(&worker.config.trusted_proxy, peer, head, fields));
     let peer = told.as_ref().unwrap_or(peer);
     let name = HostName::parse(&head[request.host.clone()])
-        .map_err(|_| Failure { code: Code::BadRequest, detail: Some("The Host header does not hold a host name.") })?;
-    let draft = Draft { worker, peer, head, fields, request: &request };
+        .map_err(|_| Failure::with_detail(Code::BadRequest, "The Host header does not hold a host name."))?;
+    let mut draft = Draft { worker, peer, head, fields, request: &request, terms: None };
     if let Some(port) = worker.config.https_redirect.filter(|_| !peer.is_secure()) {
         let kind = AnswerKind::Whole { status: 308, head: draft.to_https(name.as_str(), port) };
         return Ok(draft.answer(Class::None, kind));
     }
     let (class, outcome) = match host::classify(name.as_str(), &worker.config.domain) {
-        host::Target::Api => (Class::Api, draft.to_api()),
+        host::Target::Api => (Class::Api, draft.plan_for_api()),
         host::Target::Reserved => (Class::Preview, Err(AnswerKind::Failure(Code::PreviewUnknown.into()))),
-        host::Target::Preview { port, sandbox } => (Class::Preview, draft.to_preview(port, sandbox)),
+        host::Target::Preview { port, sandbox } => (Class::Preview, draft.plan_for_preview(port, sandbox)),
     };
     Ok(match outcome {
         Ok(decision) => decision,
@@ -173,6 +172,8 @@ struct Draft<'a> {
     head: &'a [u8],
     fields: &'a [Field],
     request: &'a Request,
+    /// What other sites may do with the answer, once that is known.
+    terms: Option<Rc<Terms>>,
 }
 
 impl Draft<'_> {
@@ -194,6 +195,7 @@ impl Draft<'_> {
             is_browser: self.value_of(Name::Accept).is_some_and(|accept| members(accept).any(is_html)),
             is_head: self.method() == b"HEAD",
             is_keep_alive: self.request.is_keep_alive && self.request.framing == Framing::None,
+            terms: self.terms.clone(),
         }
     }
 
@@ -202,16 +204,15 @@ impl Draft<'_> {
         Decision::Now(Plan::Answer(answer))
     }
 
-    fn to_api(&self) -> Result<Decision, AnswerKind> {
-        let terms = self.terms(self.worker.api_policy.as_deref())?;
-        let mut forward = self.forward(Target::Api, None);
-        forward.terms = terms;
+    fn plan_for_api(&mut self) -> Result<Decision, AnswerKind> {
+        self.agree_on(self.worker.api_policy.as_deref())?;
+        let forward = self.forward(Target::Api, None);
         Ok(Decision::Now(Plan::Forward(Box::new(forward))))
     }
 
-    /// What a policy says about this request; an answer if it is a question about the policy.
-    fn terms(&self, policy: Option<&Policy>) -> Result<Option<Terms>, AnswerKind> {
-        let Some(policy) = policy else { return Ok(None) };
+    /// Applies a policy; an answer if the request is a question about it.
+    fn agree_on(&mut self, policy: Option<&Policy>) -> Result<(), AnswerKind> {
+        let Some(policy) = policy else { return Ok(()) };
         let value_of = |name: &str| {
             let mut fields = self.fields.iter();
             fields.find(|field| field.name(self.head).eq_ignore_ascii_case(name.as_bytes()))
@@ -222,8 +223,11 @@ impl Draft<'_> {
             wanted_method: value_of("access-control-request-method").filter(|_| self.method() == b"OPTIONS"),
             wanted_fields: value_of("access-control-request-headers"),
         };
-        match policy.preflight(&visit) {
-            None => Ok(Some(policy.terms(&visit))),
+        let terms = Some(Rc::new(policy.terms(&visit)));
+        let preflight = policy.preflight(&visit);
+        self.terms = terms;
+        match preflight {
+            None => Ok(()),
             Some(Err(())) => Err(AnswerKind::Failure(Code::OriginDenied.into())),
             Some(Ok(mut head)) => {
                 if !self.request.is_keep_alive {
@@ -235,7 +239,7 @@ impl Draft<'_> {
         }
     }
 
-    fn to_preview(&self, port: u16, name: SandboxName<'_>) -> Result<Decision, AnswerKind> {
+    fn plan_for_preview(&mut self, port: u16, name: SandboxName<'_>) -> Result<Decision, AnswerKind> {
         let failure = |code: Code| AnswerKind::Failure(code.into());
         if port == AGENT_PORT {
             return Err(failure(Code::PreviewUnknown));
@@ -246,7 +250,7 @@ impl Draft<'_> {
             Found::Unknown => return Err(failure(Code::PreviewUnknown)),
         };
         // A preflight request shows no credentials.
-        let terms = self.terms(sandbox.port(port).and_then(|rule| rule.policy.as_ref()))?;
+        self.agree_on(sandbox.port(port).and_then(|rule| rule.policy.as_ref()))?;
         let (path, query) = compose::split_query(self.target());
         let credentials = Credentials::gather(self.head, self.fields, query, &self.worker.table);
         // A path that is no UTF-8 is below no path but the root.
@@ -278,7 +282,6 @@ impl Draft<'_> {
         forward.sandbox = Some(sandbox);
         forward.admission = Some(admission);
         forward.slot = Some(slot);
-        forward.terms = terms;
         Ok(Decision::Now(Plan::Forward(Box::new(forward))))
     }
 
@@ -305,7 +308,6 @@ impl Draft<'_> {
             sandbox: None,
             admission: None,
             slot: None,
-            terms: None,
         }
     }
 

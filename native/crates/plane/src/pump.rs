@@ -1,17 +1,20 @@
 //! Moves one body from a reader to a writer, as it comes.
 
 use std::cell::Cell;
+use std::io;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::buf::{HeadBuf, Inbox};
+use crate::config::ms;
 use crate::http::HeadError;
 use crate::http::body::{Body, Piece};
 use crate::http::fields::{self, Name};
 use crate::metrics::Count;
 use crate::net::write_both;
+use crate::pace::{Floor, Pace};
 use crate::table::Sandbox;
-use crate::watch::{Deadline, Phase};
+use crate::watch::{Deadline, End, Phase, Watch};
 use crate::worker::Worker;
 
 /// Why a body could not be passed on whole.
@@ -30,8 +33,8 @@ pub enum PumpError {
 pub struct Flow<'a> {
     /// The worker.
     pub worker: &'a Worker,
-    /// The direction's deadline.
-    pub deadline: &'a Deadline,
+    /// The connection's deadlines.
+    pub watch: &'a Watch,
     /// Phase and seconds while waiting for the sender.
     pub read: (Phase, f64),
     /// Phase and seconds while waiting for the receiver.
@@ -48,12 +51,40 @@ pub struct Flow<'a> {
     pub is_unchunked: bool,
     /// Set once the receiver has taken a byte.
     pub has_sent: &'a Cell<bool>,
+    /// How fast the client is, at whichever end it is.
+    pub pace: Pace,
 }
 
 impl Flow<'_> {
     /// Starts the clock for a wait.
     pub fn wait(&self, (phase, seconds): (Phase, f64)) {
-        self.deadline.set(phase, self.worker.after(seconds));
+        self.deadline().set(phase, self.worker.after(seconds));
+    }
+
+    /// The deadline of its direction.
+    pub fn deadline(&self) -> &Deadline {
+        if self.is_up { &self.watch.up } else { &self.watch.down }
+    }
+
+    /// Ends the connection of a client that has moved `bytes` at the end of too long a wait.
+    fn judge(&self, bytes: usize, waiting_since_ms: u64) {
+        let limits = &self.worker.config.limits;
+        let floor = Floor { bytes_per_s: limits.client_bytes_per_s_min, window_ms: ms(limits.client_rate_window_s) };
+        if self.pace.is_too_slow(bytes, self.worker.now_ms() - waiting_since_ms, floor) {
+            self.watch.finish(End::Timeout(if self.is_up { Phase::SlowBody } else { Phase::SlowSend }));
+        }
+    }
+
+    /// Reads more of the body; 0 at its end.
+    async fn read<R: AsyncRead + Unpin>(&self, inbox: &mut Inbox, reader: &mut R) -> io::Result<usize> {
+        self.wait(self.read);
+        let since_ms = self.worker.now_ms();
+        let count = inbox.fill(reader).await?;
+        // A request that is answered before its end is a conversation, in which pauses are no offence.
+        if self.is_up && !self.watch.is_answering.get() {
+            self.judge(count, since_ms);
+        }
+        Ok(count)
     }
 
     /// Sends `head` and `body`.
@@ -71,9 +102,13 @@ impl Flow<'_> {
                 self.worker.knock(sandbox);
             }
         }
-        let on_progress = || {
+        let since_ms = Cell::new(self.worker.now_ms());
+        let on_progress = |count| {
             self.has_sent.set(true);
             self.wait(self.write);
+            if !self.is_up {
+                self.judge(count, since_ms.replace(self.worker.now_ms()));
+            }
         };
         write_both(writer, head, body, on_progress).await.map_err(|_| PumpError::Write)
     }
@@ -146,14 +181,11 @@ pub async fn pump<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
                 }
                 inbox.consume(count);
             }
-            Next::Read => {
-                flow.wait(flow.read);
-                match inbox.fill(reader).await {
-                    Ok(0) if body.may_end_by_close() => return Ok(()),
-                    Ok(0) | Err(_) => return Err(PumpError::Read),
-                    Ok(_) => {}
-                }
-            }
+            Next::Read => match flow.read(inbox, reader).await {
+                Ok(0) if body.may_end_by_close() => return Ok(()),
+                Ok(0) | Err(_) => return Err(PumpError::Read),
+                Ok(_) => {}
+            },
         }
     }
 }

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
-use socket2::{Domain, Protocol, Socket, Type};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{broadcast, watch};
 use tokio::time::timeout;
@@ -19,6 +18,7 @@ use crate::config::{Config, duration};
 use crate::control::{self, Control, Paths};
 use crate::handover::{self, Kind, Predecessor};
 use crate::journal::Journal;
+use crate::listen::{self, Address, Group, Listening};
 use crate::metrics::Metrics;
 use crate::policy::Policy;
 use crate::table::Table;
@@ -26,18 +26,11 @@ use crate::tls::Certificates;
 use crate::wake;
 use crate::worker::{self, Drain, Listener, Shared, wall_clock_s};
 
-/// Connections the kernel queues per listener.
-const BACKLOG: i32 = 4096;
-/// A dead peer of a silent connection is noticed after this long (plus the kernel's probes).
-const KEEPALIVE: Duration = Duration::from_secs(60);
 /// How often the directory of certificates is looked at.
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Stretches of the event log that a worker may lag behind; one more and its subscribers must resume.
 const BATCHES_MAX: usize = 1024;
-
-/// One address's sockets, one per worker.
-type Group = Vec<TcpListener>;
 
 /// Runs the plane until a signal has ended it. Must be called on the main thread before others exist.
 pub fn run(config: Config) -> io::Result<()> {
@@ -75,8 +68,9 @@ pub fn run(config: Config) -> io::Result<()> {
             Some(address) => Some(listen_for_admin(address, predecessor.as_mut())?),
             None => None,
         };
-        let mut listen_on = |kind: Kind, addresses: &[SocketAddr]| {
-            let listen = |&address: &SocketAddr| listen(kind, address, workers, predecessor.as_mut());
+        let access = config.socket_access();
+        let mut listen_on = |kind: Kind, addresses: &[Address]| {
+            let listen = |address: &Address| listen::listen(kind, address, workers, access, predecessor.as_mut());
             addresses.iter().map(listen).collect::<io::Result<Vec<_>>>()
         };
         let listeners = listen_on(Kind::Plain, &config.listen)?;
@@ -111,6 +105,8 @@ pub fn run(config: Config) -> io::Result<()> {
         tokio::select! {
             () = signals.next() => {
                 control.offer(Vec::new());
+                // Now, not at the end: by then another process may have made its own.
+                listen::forget(config.listen.iter().chain(&config.tls_listen));
                 begin_drain.send_replace(Drain::Stop);
             }
             // The sender is here: this ends with a hand-over only.
@@ -155,7 +151,7 @@ fn epoch() -> String {
 /// Tells the supervisor where we listen: one JSON line on standard output.
 fn announce(plain: &[Group], tls: &[Group], admin: Option<&TcpListener>) -> io::Result<()> {
     let addresses = |listeners: &[Group]| {
-        listeners.iter().map(|group| Ok(group[0].local_addr()?.to_string())).collect::<io::Result<Vec<_>>>()
+        listeners.iter().map(|group| Ok(group[0].address()?.to_string())).collect::<io::Result<Vec<_>>>()
     };
     let admin = admin.map(TcpListener::local_addr).transpose()?.map(|address| address.to_string());
     println!(
@@ -173,54 +169,17 @@ fn offer(plain: &[Group], tls: &[Group], admin: Option<&TcpListener>) -> io::Res
     let mut all = copies(Kind::Plain, plain)?;
     all.extend(copies(Kind::Tls, tls)?);
     if let Some(admin) = admin {
-        all.push(handover::Group::copy(Kind::Admin, std::slice::from_ref(admin))?);
+        all.push(handover::Group::copy(Kind::Admin, &[Listening::Tcp(admin.try_clone()?)])?);
     }
     Ok(all)
 }
 
 fn listen_for_admin(address: SocketAddr, predecessor: Option<&mut Predecessor>) -> io::Result<TcpListener> {
-    let inherited = predecessor.and_then(|found| found.take(Kind::Admin, address));
-    inherited.and_then(|mut group| group.sockets.pop()).map_or_else(|| admin::listen(address), Ok)
-}
-
-/// Listeners on one address, at least one per worker: the predecessor's, or else new ones.
-fn listen(kind: Kind, address: SocketAddr, count: usize, predecessor: Option<&mut Predecessor>) -> io::Result<Group> {
-    let Some(inherited) = predecessor.and_then(|found| found.take(kind, address)) else {
-        return open_all(address, count);
-    };
-    let mut sockets = inherited.sockets;
-    while sockets.len() < count {
-        sockets.push(open_listening(inherited.address)?);
+    let inherited = predecessor.and_then(|found| found.take(Kind::Admin, &Address::Tcp(address)));
+    match inherited.and_then(|mut group| group.sockets.pop()) {
+        Some(Listening::Tcp(socket)) => Ok(socket),
+        Some(Listening::Unix(_)) | None => admin::listen(address),
     }
-    Ok(sockets)
-}
-
-fn open_listening(address: SocketAddr) -> io::Result<TcpListener> {
-    let listener = open(address, true)?;
-    socket2::SockRef::from(&listener).listen(BACKLOG)?;
-    Ok(listener)
-}
-
-/// One listener per worker on the same address; the kernel spreads connections over them.
-fn open_all(address: SocketAddr, count: usize) -> io::Result<Group> {
-    // SO_REUSEPORT would let two planes share a port unnoticed. A bind without it fails if anybody is there.
-    let probe = open(address, false)?;
-    let address = probe.local_addr()?;
-    drop(probe);
-    (0..count).map(|_| open_listening(address)).collect()
-}
-
-/// Options are inherited by accepted connections, which saves calls on each.
-fn open(address: SocketAddr, is_shared: bool) -> io::Result<TcpListener> {
-    let name = |error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"));
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_reuse_address(true)?;
-    socket.set_reuse_port(is_shared)?;
-    socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(KEEPALIVE))?;
-    socket.set_nonblocking(true)?;
-    socket.bind(&address.into()).map_err(name)?;
-    Ok(socket.into())
 }
 
 /// Says how each listener is served.

@@ -7,44 +7,65 @@ use crate::compose::{HTTP, HTTPS, Peer};
 use crate::config::Config;
 use crate::http::fields::{Field, members};
 
-/// A block of addresses, such as `10.0.0.0/8` or `::1`.
+/// Who is at the other end of a connection; none: a process of this machine, by a Unix socket.
+pub type Client = Option<IpAddr>;
+
+/// How Unix sockets are named where a network could be.
+pub const UNIX: &str = "unix";
+
+/// A block of addresses, such as `10.0.0.0/8` or `::1`, or `unix`: whoever may connect to a Unix socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Network {
-    address: IpAddr,
-    bits: u8,
+pub enum Network {
+    /// Clients without an address.
+    Unix,
+    /// Addresses that agree in the first bits.
+    Block {
+        /// One of them.
+        address: IpAddr,
+        /// How many.
+        bits: u8,
+    },
 }
 
 impl FromStr for Network {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        if text == UNIX {
+            return Ok(Self::Unix);
+        }
         let (address, bits) = text.split_once('/').map_or((text, None), |(address, bits)| (address, Some(bits)));
         let address: IpAddr = address.parse().map_err(|_| format!("{text} is not an address or a network"))?;
         let bits_max = if address.is_ipv4() { 32 } else { 128 };
         let bits = bits.map_or(Ok(bits_max), str::parse).ok().filter(|&bits| bits <= bits_max);
-        Ok(Self { address, bits: bits.ok_or_else(|| format!("{text} has a prefix of more than {bits_max} bits"))? })
+        Ok(Self::Block {
+            address,
+            bits: bits.ok_or_else(|| format!("{text} has a prefix of more than {bits_max} bits"))?,
+        })
     }
 }
 
 impl Network {
-    fn contains(self, address: IpAddr) -> bool {
-        let differs = match (self.address, address) {
+    fn contains(self, client: Client) -> bool {
+        let Self::Block { address, bits } = self else { return client.is_none() };
+        let Some(client) = client else { return false };
+        let differs = match (address, client) {
             (IpAddr::V4(a), IpAddr::V4(b)) => (u32::from(a) ^ u32::from(b)).leading_zeros(),
             (IpAddr::V6(a), IpAddr::V6(b)) => (u128::from(a) ^ u128::from(b)).leading_zeros(),
             _ => return false,
         };
-        differs >= u32::from(self.bits)
+        differs >= u32::from(bits)
     }
 }
 
-/// The peer of a connection from `address`.
-pub fn peer(config: &Config, address: IpAddr, proto: &'static str) -> Peer {
-    Peer { is_trusted: is_trusted(&config.trusted_proxy, address), ..Peer::new(address, proto) }
+/// The peer of a connection of `client`.
+pub fn peer(config: &Config, client: Client, proto: &'static str) -> Peer {
+    Peer { is_trusted: is_trusted(&config.trusted_proxy, client), ..Peer::new(client, proto) }
 }
 
-/// Whether an address is that of a trusted proxy.
-pub fn is_trusted(networks: &[Network], address: IpAddr) -> bool {
-    networks.iter().any(|network| network.contains(address))
+/// Whether a client is a trusted proxy.
+pub fn is_trusted(networks: &[Network], client: Client) -> bool {
+    networks.iter().any(|network| network.contains(client))
 }
 
 /// The client and its protocol as a trusted proxy tells them; what it leaves out is as the connection says.
@@ -58,7 +79,7 @@ pub fn client_of(networks: &[Network], peer: &Peer, head: &[u8], fields: &[Field
     let mut chain: Vec<&[u8]> = values(b"x-forwarded-for").collect();
     while let Some(address) = chain.pop().and_then(address) {
         client = Some(address);
-        if !is_trusted(networks, address) {
+        if !is_trusted(networks, Some(address)) {
             break;
         }
     }
@@ -67,7 +88,7 @@ pub fn client_of(networks: &[Network], peer: &Peer, head: &[u8], fields: &[Field
         Some(proto) if proto.eq_ignore_ascii_case(b"http") => HTTP,
         _ => peer.proto,
     };
-    client.map_or_else(|| Peer { proto, ..peer.clone() }, |client| Peer::new(client, proto))
+    client.map_or_else(|| Peer { proto, ..peer.clone() }, |client| Peer::new(Some(client), proto))
 }
 
 /// An address as proxies write it: alone, with a port, or IPv6 in brackets.
@@ -86,7 +107,7 @@ mod tests {
     fn networks_hold_what_their_prefix_says() {
         let holds = |network: &str, address: &str| {
             let network: Network = network.parse().expect("a network");
-            network.contains(address.parse().expect("an address"))
+            network.contains(Some(address.parse().expect("an address")))
         };
         assert!(holds("10.0.0.0/8", "10.255.0.1"));
         assert!(!holds("10.0.0.0/8", "11.0.0.0"));
@@ -96,6 +117,9 @@ mod tests {
         assert!(holds("2001:db8::/31", "2001:db9::1"));
         assert!(!holds("2001:db8::/32", "2001:db9::1"));
         assert!(!holds("::/0", "10.0.0.1"));
+        assert!(!holds("unix", "127.0.0.1"));
+        assert!("unix".parse::<Network>().is_ok_and(|unix| unix.contains(None)));
+        assert!("0.0.0.0/0".parse::<Network>().is_ok_and(|all| !all.contains(None)));
         for bad in ["", "10.0.0.0/33", "::/129", "10.0.0.0/", "example.com", "10.0.0.0/-1"] {
             assert!(bad.parse::<Network>().is_err(), "{bad}");
         }

@@ -84,7 +84,7 @@ impl Side<'_> {
             }
             let len = inbox.data().len();
             self.note_received(len);
-            write_both(&mut writer, inbox.data(), &[], || self.note_traffic()).await?;
+            write_both(&mut writer, inbox.data(), &[], |_| self.note_traffic()).await?;
             inbox.consume(len);
             full = if len >= FULL_BYTES { full + 1 } else { 0 };
             if can_splice

@@ -2,8 +2,12 @@
 //!
 //! ```text
 //! worker: request or bytes for a sandbox asleep ──knock──▶ control thread ──wake──▶ one api connection
-//!         held ◀──────────── its record has changed ◀──── sandbox … running ◀──────┘  another after 2 s
+//!         held ◀──────────── its record has changed ◀──── sandbox … running ◀──────┤  another after 2 s
+//!         refused ◀───────────────────────────────────────── wake_failed ◀─────────┘
 //! ```
+//!
+//! A wake that fails for good is not asked for again at once: first for a second, then twice as long after each failure
+//! in a row, everybody is refused.
 //!
 //! Not for deciding whether a sandbox may be woken: its record says so.
 
@@ -11,7 +15,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -24,11 +28,15 @@ use tokio::time::timeout;
 
 use crate::control::Control;
 use crate::table::Table;
+use crate::worker::wall_clock_s;
 
 /// After this long without an effect somebody else is asked.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
 /// Between two attempts while nobody can be asked.
 const ASK_SOON: Duration = Duration::from_millis(100);
+/// The rest after a first failure; it doubles so many times.
+const REST_S: u32 = 1;
+const REST_DOUBLINGS: u32 = 6;
 /// For a successor to take a line.
 const RELAY_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -38,7 +46,16 @@ pub struct Wake {
     is_asleep: AtomicBool,
     is_asked: AtomicBool,
     waiting: AtomicU32,
+    /// Failures there ever were, and those since it last was awake.
+    failures: AtomicU32,
+    failures_in_row: AtomicU32,
+    /// Unix milliseconds.
+    rests_until: AtomicU64,
     changed: Notify,
+}
+
+fn now_ms() -> u64 {
+    (wall_clock_s() * 1e3) as u64
 }
 
 impl Wake {
@@ -57,11 +74,34 @@ impl Wake {
         self.is_asleep.store(is_asleep, Ordering::Relaxed);
         if !is_asleep {
             self.is_asked.store(false, Ordering::SeqCst);
+            self.failures_in_row.store(0, Ordering::SeqCst);
+            self.rests_until.store(0, Ordering::SeqCst);
         }
         self.changed.notify_waiters();
     }
 
-    /// Ends with the next record. To be enabled before the present one is looked at.
+    /// Notes that it cannot be woken, and lets everybody who waits hear of it.
+    pub fn fail(&self) {
+        let before = self.failures_in_row.fetch_add(1, Ordering::SeqCst);
+        let rest_ms = u64::from(REST_S << before.min(REST_DOUBLINGS)) * 1000;
+        self.rests_until.store(now_ms() + rest_ms, Ordering::SeqCst);
+        self.failures.fetch_add(1, Ordering::SeqCst);
+        self.is_asked.store(false, Ordering::SeqCst);
+        self.changed.notify_waiters();
+    }
+
+    /// Failures there ever were; with one more, a wait is over.
+    pub fn failures(&self) -> u32 {
+        self.failures.load(Ordering::SeqCst)
+    }
+
+    /// After a failure: whole seconds until somebody may be asked again.
+    pub fn rest_s(&self) -> Option<u32> {
+        let left_ms = self.rests_until.load(Ordering::SeqCst).saturating_sub(now_ms());
+        (left_ms > 0).then_some(left_ms.div_ceil(1000) as u32)
+    }
+
+    /// Ends with the next record, or failure. To be enabled before the present one is looked at.
     pub fn changed(&self) -> Notified<'_> {
         self.changed.notified()
     }
@@ -141,6 +181,9 @@ pub async fn serve(
 fn is_wanted(table: &Table, id: &str, one: &Asked, now: Instant, patience: Duration) -> bool {
     let Some(sandbox) = table.get(id) else { return false };
     let wake = &sandbox.wake;
+    if !wake.is_asked.load(Ordering::SeqCst) {
+        return false;
+    }
     if wake.is_asleep() && (wake.waiting() > 0 || now < one.first + patience) {
         return true;
     }

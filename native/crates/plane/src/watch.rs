@@ -39,10 +39,14 @@ pub enum Phase {
     Send,
     /// The end of a response whose client has closed its side.
     HalfClosed,
+    /// A client that sends its body, but too slowly.
+    SlowBody,
+    /// One that takes what there is for it, but too slowly.
+    SlowSend,
 }
 
 /// What a time-out is called in the metrics, by phase.
-pub const TIMEOUTS: [(Phase, &str); 10] = [
+pub const TIMEOUTS: [(Phase, &str); 12] = [
     (Phase::Idle, "idle"),
     (Phase::Head, "head"),
     (Phase::Body, "body"),
@@ -53,6 +57,8 @@ pub const TIMEOUTS: [(Phase, &str); 10] = [
     (Phase::Stream, "stream"),
     (Phase::Send, "send"),
     (Phase::HalfClosed, "half_closed"),
+    (Phase::SlowBody, "slow_body"),
+    (Phase::SlowSend, "slow_send"),
 ];
 
 /// Why a connection must end.
@@ -152,7 +158,8 @@ impl Watch {
         self.answered_us.set(now_us);
     }
 
-    fn finish(&self, end: End) {
+    /// Ends the connection, at the next opportunity.
+    pub fn finish(&self, end: End) {
         self.end.set(Some(end));
         if let Some(waker) = &*self.waker.borrow() {
             waker.wake_by_ref();

@@ -3,13 +3,13 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
-use std::net::{IpAddr, SocketAddr};
+use std::io;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::{broadcast, watch};
 use tokio::task::LocalSet;
@@ -22,14 +22,16 @@ use crate::config::{Config, duration, ms};
 use crate::connection;
 use crate::http::fields::Field;
 use crate::http2;
+use crate::listen::Listening;
 use crate::metrics::Counters;
+use crate::net::Socket;
 use crate::policy::Policy;
 use crate::pool::Pool;
 use crate::streams::event::Batch;
 use crate::streams::hub::{self, Hub};
 use crate::table::{Sandbox, Table};
 use crate::tls;
-use crate::trust;
+use crate::trust::{self, Client};
 use crate::watch::{SWEEP_MS, Watch, Watches};
 
 /// After an accept that failed for want of descriptors or memory.
@@ -43,24 +45,24 @@ const CROSSING_MS: u64 = 2000;
 #[derive(Default)]
 pub struct Census {
     total: AtomicUsize,
-    by_client: Mutex<HashMap<IpAddr, usize>>,
+    by_client: Mutex<HashMap<Client, usize>>,
 }
 
 /// One connection in the census.
 pub struct Seat {
     census: Arc<Census>,
-    client: IpAddr,
+    client: Client,
 }
 
 impl Census {
-    /// Every client's address and the number of its connections.
-    pub fn clients(&self) -> Vec<(IpAddr, usize)> {
+    /// Every client and the number of its connections.
+    pub fn clients(&self) -> Vec<(Client, usize)> {
         let by_client = self.by_client.lock().unwrap_or_else(PoisonError::into_inner);
-        by_client.iter().map(|(&address, &count)| (address, count)).collect()
+        by_client.iter().map(|(&client, &count)| (client, count)).collect()
     }
 
     /// Counts a connection in; none if that would exceed a limit.
-    fn enter(self: &Arc<Self>, client: IpAddr, config: &Config) -> Option<Seat> {
+    fn enter(self: &Arc<Self>, client: Client, config: &Config) -> Option<Seat> {
         let seat = Seat { census: Arc::clone(self), client };
         let total = self.total.fetch_add(1, Ordering::Relaxed) + 1;
         let mut by_client = self.by_client.lock().unwrap_or_else(PoisonError::into_inner);
@@ -102,7 +104,7 @@ impl Drop for Presence {
 /// A listening socket.
 pub struct Listener {
     /// The socket.
-    pub socket: std::net::TcpListener,
+    pub socket: Listening,
     /// For TLS: how to shake hands.
     pub acceptor: Option<TlsAcceptor>,
 }
@@ -199,7 +201,7 @@ impl Worker {
 
     /// Has a sandbox woken, if nobody has yet.
     pub fn knock(&self, sandbox: &Sandbox) {
-        if sandbox.wake.is_asleep() && sandbox.wake.ask() {
+        if sandbox.wake.is_asleep() && sandbox.wake.rest_s().is_none() && sandbox.wake.ask() {
             self.counters.wakes.add(1);
             // Nobody receives it when the process is about to end.
             let _ = self.knocks.send(sandbox.id.clone());
@@ -295,22 +297,44 @@ async fn last_connection(worker: &Worker, timeout_s: f64) {
     }
 }
 
+/// A listener of this worker's runtime.
+enum Door {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl Door {
+    fn new(socket: Listening) -> io::Result<Self> {
+        match socket {
+            Listening::Tcp(socket) => TcpListener::from_std(socket).map(Self::Tcp),
+            Listening::Unix(socket) => UnixListener::from_std(socket).map(Self::Unix),
+        }
+    }
+
+    async fn accept(&self) -> io::Result<(Socket, Client)> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, peer) = listener.accept().await?;
+                Ok((Socket::Tcp(stream), Some(peer.ip().to_canonical())))
+            }
+            Self::Unix(listener) => listener.accept().await.map(|(stream, _)| (Socket::Unix(stream), None)),
+        }
+    }
+}
+
 async fn accept(worker: Rc<Worker>, census: Arc<Census>, listener: Listener, mut drain: watch::Receiver<Drain>) {
     let Listener { socket, acceptor } = listener;
-    let listener = match TcpListener::from_std(socket) {
-        Ok(listener) => listener,
-        Err(error) => crate::log::fatal("cannot use a listener", &error),
-    };
+    let door = Door::new(socket).unwrap_or_else(|error| crate::log::fatal("cannot use a listener", &error));
     loop {
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+            accepted = door.accept() => accepted,
             // Closes the listener: the kernel sends no more connections here.
             _ = drain.wait_for(|drain| *drain != Drain::No) => return,
         };
         match accepted {
-            Ok((stream, peer)) => start(&worker, &census, stream, peer, acceptor.as_ref()),
+            Ok((stream, client)) => start(&worker, &census, stream, client, acceptor.as_ref()),
             // The connection broke before it was accepted.
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
                 crate::log::warning("accept failed", &error);
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -319,14 +343,7 @@ async fn accept(worker: Rc<Worker>, census: Arc<Census>, listener: Listener, mut
     }
 }
 
-fn start(
-    worker: &Rc<Worker>,
-    census: &Arc<Census>,
-    stream: TcpStream,
-    peer: SocketAddr,
-    acceptor: Option<&TlsAcceptor>,
-) {
-    let client = peer.ip().to_canonical();
+fn start(worker: &Rc<Worker>, census: &Arc<Census>, stream: Socket, client: Client, acceptor: Option<&TlsAcceptor>) {
     let seat = census.enter(client, &worker.config);
     worker.counters.accepted.add(1);
     worker.counters.connections.add(1);
@@ -358,8 +375,8 @@ async fn serve_tls(
     worker: &Rc<Worker>,
     watch: &Rc<Watch>,
     acceptor: &TlsAcceptor,
-    stream: TcpStream,
-    client: IpAddr,
+    stream: Socket,
+    client: Client,
     presence: Presence,
 ) {
     let handshake = timeout(duration(worker.config.limits.head_timeout_s), acceptor.accept(stream));

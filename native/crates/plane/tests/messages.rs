@@ -65,7 +65,7 @@ fn no_input_makes_a_parser_panic() {
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nSet-Cookie: a; Domain=b; C\r\n\r\n",
         b"ff;a\r\n0\r\n\r\n0\r\nA: b\r\n\r\n",
     ];
-    let peer = Peer::new([1, 2, 3, 4].into(), compose::HTTP);
+    let peer = Peer::new(Some([1, 2, 3, 4].into()), compose::HTTP);
     let (mut random, mut fields, mut out) = (Random(7), Vec::new(), Vec::new());
     for round in 0..200_000 {
         let mut input = seeds[round % seeds.len()].to_vec();
@@ -150,7 +150,7 @@ fn an_upgrade_that_connection_names_beside_other_fields_stays_one() {
     let mut fields = Vec::new();
     let parsed = request::parse(head, &mut fields).unwrap();
     let mut sent = Vec::new();
-    let peer = Peer::new([127, 0, 0, 1].into(), compose::HTTP);
+    let peer = Peer::new(Some([127, 0, 0, 1].into()), compose::HTTP);
     compose::request(&mut sent, head, &fields, &parsed, None, &peer);
     assert!(request::parse(&sent, &mut fields).unwrap().is_upgrade);
     assert!(!String::from_utf8(sent).unwrap().contains("X-A"));

@@ -15,7 +15,6 @@ mod request;
 mod timed;
 
 use std::cell::Cell;
-use std::net::IpAddr;
 use std::rc::Rc;
 
 use bytes::Bytes;
@@ -33,7 +32,7 @@ use crate::compose::HTTPS;
 use crate::config::duration;
 use crate::connection;
 use crate::streams::hub;
-use crate::trust;
+use crate::trust::{self, Client};
 use crate::watch::{End, Phase, Watch};
 use crate::worker::Worker;
 
@@ -48,7 +47,7 @@ const SEND_BUFFER_BYTES: usize = 128 * 1024;
 const FAREWELL_S: f64 = 2.0;
 
 /// Serves one connection, whose transport is established.
-pub async fn serve<C>(worker: &Rc<Worker>, watch: &Rc<Watch>, stream: C, client: IpAddr)
+pub async fn serve<C>(worker: &Rc<Worker>, watch: &Rc<Watch>, stream: C, client: Client)
 where
     C: AsyncRead + AsyncWrite + Unpin,
 {
@@ -104,7 +103,7 @@ struct Streams {
 }
 
 impl Streams {
-    fn begin(self: &Rc<Self>, request: Request<RecvStream>, mut respond: SendResponse<Bytes>, client: IpAddr) {
+    fn begin(self: &Rc<Self>, request: Request<RecvStream>, mut respond: SendResponse<Bytes>, client: Client) {
         let Some(head) = request::head(&request, !request.body().is_end_stream()) else {
             return respond.send_reset(h2::Reason::PROTOCOL_ERROR);
         };

@@ -282,7 +282,7 @@ impl Output {
             Pin::new(&mut *writer).poll_flush(cx)
         });
         let outcome = sent.await.map_err(|_| PumpError::Write);
-        flow.deadline.clear();
+        flow.deadline().clear();
         outcome
     }
 }
