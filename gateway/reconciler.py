@@ -4,7 +4,7 @@ One worker at a time does it, the holder of a lease. Each difference has one rig
 
     machine without a living sandbox          destroy it
     sandbox running without a machine         record it as destroyed (lost, or the machine's own cause)
-    sandbox provisioning for too long         running if its machine runs, else error
+    sandbox provisioning, creator gone        running if its machine runs, else error
     sandbox past its end                      destroy it
     sandbox running, machine paused, or v. v. record what the machine is
     build whose builder fell silent           failed, its machine destroyed
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from gateway.engine import Engine
+from gateway.engine.creation import BOOT_S, is_up
 from gateway.engine.images import ImageReconciler
 from gateway.engine.sandboxes import has_other_timers, timers
 from gateway.errors import GatewayError
@@ -46,14 +47,16 @@ _DAY_S = 86_400.0
 class Pace:
     """How often and how patiently. All in seconds.
 
-    provisioning_s: after this nobody can be starting a sandbox any more (a create gives up after 30 s).
+    arrival_s: after this a sandbox whose machine runs has been left by its creator, who would have recorded it.
+    provisioning_s: after this nobody can be starting a sandbox any more.
     orphan_s: age below which a machine or an image is left alone.  overdue_s: how late the host's own timer may be.
     silent_s: after this long without a sign of life a build has no builder.
     """
 
     interval_s: float = 5.0
     lease_s: float = 15.0
-    provisioning_s: float = 45.0
+    arrival_s: float = 15.0
+    provisioning_s: float = BOOT_S + 15.0
     orphan_s: float = 10.0
     overdue_s: float = 5.0
     silent_s: float = 30.0
@@ -131,8 +134,7 @@ class Reconciler:
     async def _settle(self, sandbox: Sandbox, machine: MachineInfo | None) -> None:
         now = self._context.clock()
         if sandbox.state is SandboxState.PROVISIONING:
-            if now - sandbox.created_at > self._pace.provisioning_s:
-                await self._settle_provisioning(sandbox, machine)
+            await self._settle_provisioning(sandbox, machine, now - sandbox.created_at)
         elif machine is None or not _is_there(machine):
             await self._settle_without_machine(sandbox)
         elif sandbox.expires_at is not None and sandbox.expires_at + self._pace.overdue_s < now:
@@ -144,7 +146,10 @@ class Reconciler:
             if has_other_timers(sandbox, machine):
                 await self._context.host.update_machine(sandbox.id, **timers(sandbox))
 
-    async def _settle_provisioning(self, sandbox: Sandbox, machine: MachineInfo | None) -> None:
+    async def _settle_provisioning(self, sandbox: Sandbox, machine: MachineInfo | None, age_s: float) -> None:
+        has_arrived = machine is not None and is_up(machine)
+        if age_s <= (self._pace.arrival_s if has_arrived else self._pace.provisioning_s):
+            return
         if machine is not None and _is_there(machine):
             _log.info("sandbox %s came up after its creator left", sandbox.id)
             try:

@@ -37,8 +37,8 @@ _GLANCE_S = 0.25
 #: One that starts from an image is recorded before the image has been read: the row keeps that from being deleted.
 _GLANCE_AT_IMAGE_S = 0.02
 _DOWN = frozenset({MachineState.PREPARING, MachineState.STOPPING, MachineState.STOPPED, MachineState.FAILED})
-#: Restoring reads the whole image, and in a burst of creates each waits for its turn on the host.
-_BOOT_S = 120.0
+#: How long a create waits for its machine. Restoring reads the whole image, and in a burst each waits for its turn.
+BOOT_S = 120.0
 
 
 class CreationService:
@@ -117,7 +117,7 @@ class CreationService:
 
     async def _boot(self, sandbox: Sandbox) -> MachineInfo:
         with vmm_errors():
-            return await self._context.host.create_machine(_spec(sandbox), deadline=time.monotonic() + _BOOT_S)
+            return await self._context.host.create_machine(_spec(sandbox), deadline=time.monotonic() + BOOT_S)
 
     async def _record_running(self, wanted: Sandbox, machine: MachineInfo) -> Sandbox:
         """The short way: the machine is there, so the sandbox is recorded once, as running."""
@@ -178,7 +178,11 @@ class CreationService:
             failure = GatewayError("boot_failed", f"The sandbox could not be started: {machine.detail or 'no cause'}.")
             await self.fail(sandbox, failure)
             raise failure
-        return await self.mark_running(sandbox, machine)
+        current = await self.mark_running(sandbox, machine)
+        if current.state is SandboxState.ERROR:
+            # Others gave it up meanwhile, and their word stands.
+            raise GatewayError("boot_failed", f"The sandbox could not be started: {current.stop_detail or 'no cause'}.")
+        return current
 
     async def mark_running(self, sandbox: Sandbox, machine: MachineInfo) -> Sandbox:
         """Record that a provisioning sandbox's machine runs."""

@@ -13,6 +13,7 @@ import pytest
 from gateway.commands import CreateSandbox, DestroySandbox, GetSandbox
 from gateway.engine import Engine
 from gateway.engine.watcher import HostWatcher
+from gateway.errors import GatewayError
 from gateway.reconciler import Pace, Reconciler
 from gateway.resources import Principal, Sandbox, SandboxState
 from gateway.store import sandboxes
@@ -24,7 +25,7 @@ from vmm.types import MachineSpec, MachineState, StopCause
 RUNNING = SandboxState.RUNNING
 DESTROYED = SandboxState.DESTROYED
 #: No patience: what a test sets up is old enough at once.
-AT_ONCE = Pace(provisioning_s=0.0, orphan_s=0.0, overdue_s=0.0)
+AT_ONCE = Pace(arrival_s=0.0, provisioning_s=0.0, orphan_s=0.0, overdue_s=0.0)
 
 
 def new_id() -> str:
@@ -138,6 +139,34 @@ async def test_a_create_that_died_after_its_machine_is_finished(engine: Engine, 
     await settle(engine)
     finished = await engine.get_sandbox(principal, GetSandbox(sandbox.id))
     assert (finished.state, finished.address) == (RUNNING, machine.address)
+
+
+async def test_a_create_that_still_waits_for_its_machine_is_left_alone(
+    engine: Engine, principal: Principal, driver: FakeDriver
+) -> None:
+    sandbox = await put_provisioning(engine, principal)
+    driver.faults.start_delay_s = 1.0
+    creating = asyncio.create_task(engine.create_sandbox(principal, CreateSandbox(sandbox.id)))
+    await until(lambda: is_known(engine, sandbox.id))
+    await Reconciler(engine, replace(AT_ONCE, provisioning_s=60.0)).reconcile()
+    assert await state_of(engine, principal, sandbox.id) == (SandboxState.PROVISIONING, None)
+    assert (await creating).state is RUNNING
+
+
+async def test_a_create_that_others_gave_up_fails(engine: Engine, principal: Principal, driver: FakeDriver) -> None:
+    sandbox = await put_provisioning(engine, principal)
+    driver.faults.start_delay_s = 1.0
+    creating = asyncio.create_task(engine.create_sandbox(principal, CreateSandbox(sandbox.id)))
+    await until(lambda: is_known(engine, sandbox.id))
+    await engine.sandboxes.end(sandbox, SandboxState.ERROR, StopCause.BOOT_FAILED, "given up")
+    with pytest.raises(GatewayError, match="given up") as caught:
+        await creating
+    assert caught.value.code == "boot_failed"
+    assert await running_machines(engine) == set()
+
+
+async def is_known(engine: Engine, machine_id: str) -> bool:
+    return machine_id in {machine.id for machine in await engine.context.host.list_machines()}
 
 
 async def test_a_create_that_died_half_way_is_finished_by_asking_again(engine: Engine, principal: Principal) -> None:
