@@ -98,7 +98,7 @@ class Reconciler:
 
     async def reconcile(self) -> None:
         """One pass. Raises VmmError when the host cannot be asked."""
-        # Machines first: the row of a sandbox is older than its machine, so a machine without a row has lost it.
+        # Machines first: one that is listed has been recorded by the time the rows are read, or has lost its creator.
         machines = {machine.id: machine for machine in await self._context.host.list_machines()}
         living = await self._context.database.read(
             lambda connection: sandboxes.find_in_states(
@@ -118,7 +118,12 @@ class Reconciler:
             if machine.id in living or is_young or not _is_there(machine):
                 continue
             _log.warning("machine %s has no sandbox, destroying it", machine.id)
-            await self._context.host.destroy_machine(machine.id, StopCause.LOST)
+            try:
+                await self._context.host.destroy_machine(machine.id, StopCause.LOST, unwanted_for_s=self._pace.orphan_s)
+            except MachineError as error:
+                if error.code != "in_use":
+                    raise
+                # Its create came again, and will record it.
 
     async def _settle_builds(self) -> set[str]:
         """End builds that nobody works on any more; the machines of the others."""

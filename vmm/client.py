@@ -95,9 +95,15 @@ class HostClient:
         fields = asdict(spec)
         return decode(MachineInfo, await self._call("machine.create", deadline, **fields))
 
-    async def destroy_machine(self, machine_id: str, cause: StopCause, *, deadline: float | None = None) -> bool:
-        """End a machine; returns whether it existed."""
-        reply = await self._call("machine.destroy", deadline, id=machine_id, cause=cause)
+    async def destroy_machine(
+        self, machine_id: str, cause: StopCause, *, unwanted_for_s: float = 0.0, deadline: float | None = None
+    ) -> bool:
+        """End a machine; returns whether it existed.
+
+        Raises MachineError `in_use` if somebody has asked to create it within the last `unwanted_for_s`.
+        """
+        fields = {"id": machine_id, "cause": cause, "unwanted_for_s": unwanted_for_s}
+        reply = await self._call("machine.destroy", deadline, **fields)
         return decode(bool, reply.get("existed"))
 
     async def get_machine(self, machine_id: str, *, deadline: float | None = None) -> MachineInfo:

@@ -75,6 +75,15 @@ async def test_the_same_id_is_the_same_machine(client: HostClient, driver: FakeD
     assert list(driver.guests) == [first.unit]
 
 
+async def test_a_machine_that_was_just_asked_for_is_not_an_orphan(client: HostClient) -> None:
+    made = await client.create_machine(spec())
+    with pytest.raises(MachineError) as caught:
+        await client.destroy_machine(made.id, StopCause.LOST, unwanted_for_s=600.0)
+    assert caught.value.code == "in_use"
+    assert (await client.get_machine(made.id)).state is MachineState.RUNNING
+    assert await client.destroy_machine(made.id, StopCause.LOST, unwanted_for_s=0.0)
+
+
 async def test_update_changes_what_is_given_alone(client: HostClient) -> None:
     made = await client.create_machine(spec(expires_at=time.time() + 500, idle_timeout_s=50.0))
     updated = await client.update_machine(made.id, idle_timeout_s=None)

@@ -55,6 +55,8 @@ class Machine:
         #: Set once nobody can reach it any more. Its processes may take some milliseconds more to end.
         self.gone = asyncio.Event()
         self.error: MachineError | None = None
+        #: When somebody last wanted it made, on the monotonic clock.
+        self.wanted_at = time.monotonic()
         self._driver = parts.driver
         self._config = config
         self._body = Body(record, parts, self._watch_unit)

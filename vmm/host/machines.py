@@ -156,6 +156,7 @@ class Machines:
             machine = self._new_machine(Record.new(spec, time.time(), image))
             self._changed(machine.record.info())
             machine.start()
+        machine.wanted_at = time.monotonic()
         await machine.settled.wait()
         if machine.error is not None:
             if machine.error.code in _FORGOTTEN:
@@ -215,11 +216,16 @@ class Machines:
         await move(machine)
         return machine.record.info()
 
-    async def destroy(self, machine_id: str, cause: StopCause) -> bool:
-        """End a machine; returns, once nobody can reach it any more, whether it was there to end."""
+    async def destroy(self, machine_id: str, cause: StopCause, unwanted_for_s: float = 0.0) -> bool:
+        """End a machine; returns, once nobody can reach it any more, whether it was there to end.
+
+        Raises MachineError(`in_use`) if somebody has asked to create it within the last `unwanted_for_s`.
+        """
         machine = self._machines.get(machine_id)
         if machine is None or machine.gone.is_set():
             return False
+        if time.monotonic() - machine.wanted_at < unwanted_for_s:
+            raise MachineError("in_use", f"machine {machine_id} has just been asked for")
         machine.stop(cause)
         await machine.gone.wait()
         return True

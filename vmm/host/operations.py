@@ -50,7 +50,8 @@ async def _create(host: Host, op: Mapping[str, Any]) -> MachineInfo:
 
 async def _destroy(host: Host, op: Mapping[str, Any]) -> dict[str, bool]:
     cause = _decode(StopCause, op.get("cause", StopCause.REQUESTED))
-    return {"existed": await host.machines.destroy(_text(op, "id"), cause)}
+    unwanted_for_s = _decode(float, op.get("unwanted_for_s", 0.0))
+    return {"existed": await host.machines.destroy(_text(op, "id"), cause, unwanted_for_s)}
 
 
 async def _get(host: Host, op: Mapping[str, Any]) -> MachineInfo:

@@ -93,6 +93,14 @@ async def test_a_machine_without_a_sandbox_is_destroyed(engine: Engine, principa
     assert await state_of(engine, principal, kept.id) == (RUNNING, None)
 
 
+async def test_a_machine_whose_create_has_come_again_is_kept(engine: Engine, principal: Principal) -> None:
+    machine = MachineSpec(new_id(), "default", "box")
+    await engine.context.host.create_machine(machine)
+    late = replace(AT_ONCE, orphan_s=60.0)
+    await Reconciler(later(engine, 100.0), late).reconcile()
+    assert await running_machines(engine) == {machine.id}
+
+
 async def test_a_destroy_the_host_never_heard_of_is_finished(engine: Engine, principal: Principal) -> None:
     made = await engine.create_sandbox(principal, CreateSandbox(new_id()))
     await engine.sandboxes.end(made, DESTROYED, StopCause.REQUESTED)
