@@ -65,12 +65,14 @@ class Saved:
 
     pause_s: how long the unit stood still.  size_bytes: of all files written.
     template_digest, runtime: what the files can be restored over and by; both belong into the image's manifest.
+    is_quiet: no TCP connection was open in it, not even within it; belongs there as well.
     """
 
     pause_s: float
     size_bytes: int
     template_digest: str
     runtime: str
+    is_quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class ImageFiles:
     """A saved unit as `restore` reads it. Whoever opened it has verified it and keeps it until `restore` returns.
 
     directory: the files that `save` wrote, by the names it gave them.
-    token: what the agent in it asks of whoever connects.  shape: what it was saved from.
+    token: what the agent in it asks of whoever connects.  shape: what it was saved from.  is_quiet: as in `Saved`.
     """
 
     id: str
@@ -87,6 +89,7 @@ class ImageFiles:
     shape: Shape
     template_digest: str
     runtime: str
+    is_quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)

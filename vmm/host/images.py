@@ -88,7 +88,16 @@ class Images:
         on_step(SnapshotStep.HASHING)
         point("image.drafted")
         shape, parent = Shape.of(record.spec), record.snapshot
-        manifest = Manifest(image, record.token, shape, saved.template_digest, saved.runtime, time.time(), parent)
+        manifest = Manifest(
+            image,
+            record.token,
+            shape,
+            saved.template_digest,
+            saved.runtime,
+            time.time(),
+            parent,
+            is_quiet=saved.is_quiet,
+        )
         await _in_thread(self._store.publish, manifest, is_durable=is_durable)
         on_step(SnapshotStep.PUBLISHING)
         point("image.published")

@@ -192,7 +192,7 @@ class AgentLine:
             self._limit_waiting(stream)
 
     def hang_up(self) -> None:
-        """Give up a held line's connection: the agent will not know it any more."""
+        """Give up a held line's connection, so that a save need not reset it."""
         self._was_hung_up = True
         self._drop_wire()
 

@@ -36,6 +36,7 @@ class Manifest:
 
     token: opens the agent in it.  template_digest, runtime: what it can be restored over and by.
     created_at: Unix seconds.  parent: the image that its machine came from.
+    is_quiet: as `vmm.drivers.base.Saved` says; of one from outside, nothing is believed.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Manifest:
     parent: str | None = None
     files: tuple[ImageFile, ...] = ()
     version: int = VERSION
+    is_quiet: bool = False
 
     @property
     def size_bytes(self) -> int:

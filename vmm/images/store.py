@@ -184,7 +184,13 @@ class ImageStore:
                     _prefetch(path)
             manifest = image.manifest
             yield ImageFiles(
-                manifest.id, image.place, manifest.token, manifest.shape, manifest.template_digest, manifest.runtime
+                manifest.id,
+                image.place,
+                manifest.token,
+                manifest.shape,
+                manifest.template_digest,
+                manifest.runtime,
+                manifest.is_quiet,
             )
 
     def delete(self, image_id: str) -> bool:
@@ -238,7 +244,7 @@ class ImageStore:
             with _translated():
                 text = native.import_from(source, draft, self._bytes_max - self.used_bytes())
                 claimed = manifests.decode(text)
-                published = self.publish(replace(claimed, id=image_id, files=()))
+                published = self.publish(replace(claimed, id=image_id, files=(), is_quiet=False))
         except BaseException:
             self.discard(image_id)
             raise

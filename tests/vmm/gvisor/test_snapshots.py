@@ -22,6 +22,7 @@ from tests.support.host import CACHE
 from tests.vmm.gvisor.support import traces, until
 from vmm.agent import Agent
 from vmm.drivers.base import ImageFiles, Placement, Saved, Shape
+from vmm.drivers.gvisor import runsc
 from vmm.drivers.gvisor.config import GvisorConfig
 from vmm.drivers.gvisor.disk import make_disk
 from vmm.drivers.gvisor.driver import GvisorDriver
@@ -163,7 +164,8 @@ class Unit:
     async def save(self, directory: Path) -> ImageFiles:
         saved: Saved = await self.driver.save(self.id, directory)
         assert saved.size_bytes == sum(file.stat().st_size for file in directory.iterdir())
-        return ImageFiles("image", directory, self.token, _SHAPE, saved.template_digest, saved.runtime)
+        by = (saved.template_digest, saved.runtime, saved.is_quiet)
+        return ImageFiles("image", directory, self.token, _SHAPE, *by)
 
 
 @dataclass
@@ -251,6 +253,37 @@ async def test_open_connections_are_reset_and_harm_nobody(rig: Rig, draft: Path)
     for each in (unit, await rig.restore(image)):
         (await each.echo())[1].close()
         assert await each.shell("echo fine") == "fine\n"
+
+
+async def test_a_machine_without_connections_is_saved_at_once(rig: Rig, tmp_path: Path) -> None:
+    """By one checkpoint instead of two; what watches for connections has to go on all the same."""
+    sandboxes = runsc.Runsc("runsc", GvisorConfig.for_home(tmp_path).run_dir / "machines")
+    unit = await rig.boot()
+    await unit.run_script(_ECHO.replace("own =", "# own ="))
+    await unit.shell("while ! grep -q ':1F40' /proc/net/tcp; do sleep 0.05; done")
+    for generation in range(2):
+        (draft := tmp_path / f"draft{generation}").mkdir()
+        image = await unit.save(draft)
+        assert image.is_quiet
+        copy = await rig.restore(image)
+        for each in (unit, copy):
+            (await each.echo())[1].close()
+            assert await each.shell("echo fine") == "fine\n"
+            await until(lambda unit=each.id: sandboxes.connections(unit) == 0)
+        unit = copy
+
+
+async def test_connections_within_a_machine_count_in_its_copies_too(rig: Rig, tmp_path: Path) -> None:
+    """They came with the image, and gVisor does not know how many they were."""
+    unit = await rig.boot()
+    await unit.run_script(_ECHO)
+    (await unit.echo())[1].close()
+    for generation in range(2):
+        (draft := tmp_path / f"draft{generation}").mkdir()
+        image = await unit.save(draft)
+        assert not image.is_quiet
+        unit = await rig.restore(image)
+        (await unit.echo())[1].close()
 
 
 async def test_a_connection_attempt_without_an_answer_makes_it_fail_and_harms_nobody(rig: Rig, draft: Path) -> None:

@@ -14,6 +14,8 @@ import ipaddress
 import logging
 import os
 import signal
+import socket
+import struct
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +42,8 @@ _BLOCK_LOCKS = Path("/run/sandgate/blocks")
 _DESTROY_TIMEOUT_S = 15.0
 _DESTROY_POLL_S = 0.003
 _REAP_PERIOD_S = 2.0
+#: struct linger: on, zero seconds.
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class GvisorDriver:
@@ -136,14 +140,14 @@ class GvisorDriver:
             raise
 
     async def boot(self, unit: str) -> Placement:
-        return await self._enliven(unit, lambda slot: self._runsc.start(unit, slot))
+        return await self._enliven(unit, lambda slot: self._runsc.start(unit, slot), counts_connections=True)
 
     async def restore(self, unit: str, image: ImageFiles) -> Placement:
         def load(slot: Slot) -> None:
             self._unit(unit).check_fits(image, self._release)
             self._runsc.restore(unit, slot, image.directory)
 
-        return await self._enliven(unit, load)
+        return await self._enliven(unit, load, counts_connections=image.is_quiet)
 
     async def start(self, unit: str, shape: Shape, *, token: str) -> Placement:
         await self._create(unit, shape, token)
@@ -154,7 +158,7 @@ class GvisorDriver:
         async with made.lock:
             work = asyncio.create_task(asyncio.to_thread(saving.save, self._groups, self._runsc, unit, made, directory))
             try:
-                pause_s = await asyncio.shield(work)
+                pause_s, is_quiet = await asyncio.shield(work)
             except asyncio.CancelledError:
                 # The sandbox cannot be told to give up: it is done in a moment, and then nothing is to be left.
                 while not work.done():
@@ -163,7 +167,7 @@ class GvisorDriver:
                 saving.clear(directory)
                 raise
         size_bytes = sum(file.stat().st_size for file in directory.iterdir())
-        return Saved(pause_s, size_bytes, made.template_digest, self._release)
+        return Saved(pause_s, size_bytes, made.template_digest, self._release, is_quiet)
 
     async def reclaim(self, unit: str) -> int:
         made = self._unit(unit)
@@ -204,7 +208,7 @@ class GvisorDriver:
         finally:
             supply.disk.release()
 
-    async def _enliven(self, unit: str, start: Callable[[Slot], None]) -> Placement:
+    async def _enliven(self, unit: str, start: Callable[[Slot], None], *, counts_connections: bool) -> Placement:
         """Make a shell run, by whatever `start` tells its sandbox."""
         shell = self._unit(unit)
         slot = shell.slot
@@ -214,6 +218,7 @@ class GvisorDriver:
             await self._whole(unit, lambda: self._start_shell(unit, shell, slot, start))
         finally:
             shell.slot = None
+        shell.counts_connections = counts_connections
         return Placement(shell.address, resolvers=self._resolvers, facts=shell.facts())
 
     def _start_shell(self, unit: str, shell: Unit, slot: Slot, start: Callable[[Slot], None]) -> None:
@@ -260,8 +265,7 @@ class GvisorDriver:
         address = made.address
         async with made.lock:
             pass  # While it is saved its greeting would be lost, and sent again only after a second.
-        transport, _ = await asyncio.get_running_loop().create_connection(protocol, address, AGENT_PORT)
-        return transport
+        return await _connect(protocol, address)
 
     async def wait(self, unit: str) -> Exit:
         machine = self._unit(unit)
@@ -379,6 +383,19 @@ class GvisorDriver:
         while True:
             await asyncio.sleep(_REAP_PERIOD_S)
             await asyncio.to_thread(processes.reap_orphans, self._watched())
+
+
+async def _connect(protocol: Callable[[], asyncio.Protocol], address: str) -> asyncio.Transport:
+    """A connection to an agent. Whichever way we close it, it is gone at once at the other end too: see `saving`."""
+    loop = asyncio.get_running_loop()
+    with contextlib.ExitStack() as closing:
+        connection = closing.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+        connection.setblocking(False)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        await loop.sock_connect(connection, (address, AGENT_PORT))
+        transport, _ = await loop.create_connection(protocol, sock=connection)
+        closing.pop_all()
+    return transport
 
 
 def _unwatch(machine: Unit) -> None:

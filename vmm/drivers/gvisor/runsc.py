@@ -16,7 +16,8 @@ Quirks of release 20240729 that this module or its users work around:
 - The first process inherits three streams. A guest could fill a file or block on a pipe, so they are /dev/null.
 - A checkpoint resets open TCP connections while it writes down what it finds, so that an `epoll` that watched one may
   be half in the old state and half in the new: in copies it never reports anything again (12 of 12 tries with an event
-  loop of ours; the original is well). So there is a first checkpoint to nowhere, for the resets, and another to keep.
+  loop of ours; the original is well). So there is a first checkpoint to nowhere, for the resets, and another to keep;
+  only the latter if there is nothing to reset.
   A connection attempt without an answer yet makes it fail, which harms nobody.
 - A pids limit that gVisor's own threads reach, and running out of memory, end the whole sandbox.
 """
@@ -56,6 +57,7 @@ _CALL_TIMEOUT_S = 20.0
 _COPY_TIMEOUT_S = 300.0
 _ANSWER_BYTES_MAX = 1024 * 1024
 _DETAIL_MAX = 2000
+_OPEN_CONNECTIONS = "netstack_tcp_current_open"
 #: Where a checkpoint fails over a connection attempt without an answer.
 _OPENING = "resetConnectionLocked"
 #: Segments that guest and host may hand each other in one piece; what a veth pair allows.
@@ -116,25 +118,33 @@ class Runsc:
             with _failing("snapshot_corrupt", "the snapshot could not be restored"):
                 _call(control, "containerManager.Restore", options, descriptors=files, timeout_s=_COPY_TIMEOUT_S)
 
-    def save(self, machine_id: str, directory: Path) -> float:
+    def connections(self, machine_id: str) -> int:
+        """TCP connections of the guest, open or not closed to the end, since it was booted. Raises MachineError."""
+        with self._connect(machine_id) as control:
+            return _connections(control)
+
+    def save(self, machine_id: str, directory: Path, *, counts_connections: bool) -> tuple[float, bool]:
         """Write a running sandbox's memory and files into `directory`; it stands still meanwhile and runs on.
 
-        Returns for how many seconds it stood still. Connections to the guest are reset; no packet may reach it
-        meanwhile. Raises MachineError(`snapshot_failed`, `no_space`); the sandbox runs on then as well, and whatever
-        was written is left to the caller to remove.
+        counts_connections: whether `connections` can be believed.
+        Returns for how many seconds it stood still, and whether it is sure that no connection was open. Those that
+        were are reset; no packet may reach the guest meanwhile. Raises MachineError(`snapshot_failed`, `no_space`);
+        the sandbox runs on then as well, and whatever was written is left to the caller to remove.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         with _failing("snapshot_failed", "the machine could not be saved"), self._connect(machine_id) as control:
             began = time.monotonic()
             _call(control, "containerManager.Pause", None)
             try:
-                with Path(os.devnull).open("r+b", buffering=0) as nowhere:
-                    _checkpoint(control, [nowhere.fileno()] * len(IMAGE_FILES), skip_zero_pages=False)
+                is_quiet = counts_connections and _connections(control) == 0
+                if not is_quiet:
+                    with Path(os.devnull).open("r+b", buffering=0) as nowhere:
+                        _checkpoint(control, [nowhere.fileno()] * len(IMAGE_FILES), skip_zero_pages=False)
                 with _opened(directory, flags) as files:
                     _checkpoint(control, files, skip_zero_pages=True)
             finally:
                 _call(control, "containerManager.Resume", None)
-            return time.monotonic() - began
+            return time.monotonic() - began, is_quiet
 
     def remove(self, machine_id: str) -> None:
         """Forget a sandbox whose processes are gone."""
@@ -204,6 +214,13 @@ def _opened(directory: Path, flags: int) -> Iterator[list[int]]:
             files.append(os.open(directory / name, flags | os.O_CLOEXEC, 0o600))
             closing.callback(os.close, files[-1])
         yield files
+
+
+def _connections(control: socket.socket) -> int:
+    answer = _call(control, "Metrics.Export", {"only_metrics": f"^{_OPEN_CONNECTIONS}$"})
+    [gauge] = answer["snapshot"]["data"]
+    # Nought is left out.
+    return int(gauge["val"].get("int", 0))
 
 
 def _checkpoint(control: socket.socket, files: Sequence[int], *, skip_zero_pages: bool) -> None:

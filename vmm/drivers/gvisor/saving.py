@@ -19,11 +19,14 @@ from vmm.errors import MachineError
 #: A connection that is just being opened fails a save. Most are open after a moment.
 _ATTEMPTS = 3
 _RETRY_S = 0.2
+#: A packet to the guest takes a fraction of that, also to one that was frozen.
+_QUIET_POLLS, _QUIET_POLL_S = 5, 0.001
 
 
-def save(groups: Groups, sandboxes: runsc.Runsc, unit_id: str, unit: Unit, directory: Path) -> float:
-    """Save a unit that runs or is frozen, and leave it so; returns for how many seconds it stood still. Blocks.
+def save(groups: Groups, sandboxes: runsc.Runsc, unit_id: str, unit: Unit, directory: Path) -> tuple[float, bool]:
+    """Save a unit that runs or is frozen, and leave it so; returns what `Runsc.save` does. Blocks.
 
+    It takes half as long if nobody is connected to its agent any more, nor to anything else in it.
     Raises MachineError: `snapshot_failed`, `no_space`. The directory is empty then.
     """
     try:
@@ -31,8 +34,12 @@ def save(groups: Groups, sandboxes: runsc.Runsc, unit_id: str, unit: Unit, direc
             for left in reversed(range(_ATTEMPTS)):
                 try:
                     # Its limits would slow it down, and what it writes counts as its memory until it is on the disk.
-                    with unlimited(groups, unit_id, unit.shape), network.unreachable(unit.pid):
-                        return sandboxes.save(unit_id, directory)
+                    with unlimited(groups, unit_id, unit.shape):
+                        if unit.counts_connections:
+                            _await_quiet(sandboxes, unit_id)
+                        with network.unreachable(unit.pid):
+                            counts = unit.counts_connections
+                            return sandboxes.save(unit_id, directory, counts_connections=counts)
                 except MachineError as error:
                     if not left or not runsc.may_pass(error):
                         raise
@@ -44,6 +51,14 @@ def save(groups: Groups, sandboxes: runsc.Runsc, unit_id: str, unit: Unit, direc
         if isinstance(error, OSError):
             raise MachineError("snapshot_failed", "the machine could not be saved", detail=str(error)) from error
         raise
+
+
+def _await_quiet(sandboxes: runsc.Runsc, unit_id: str) -> None:
+    """Wait for the reset of a connection that was just closed on our side. One that stays open is not waited for."""
+    for _ in range(_QUIET_POLLS):
+        if sandboxes.connections(unit_id) == 0:
+            return
+        time.sleep(_QUIET_POLL_S)
 
 
 def unlimited(groups: Groups, unit_id: str, shape: Shape) -> contextlib.AbstractContextManager[None]:

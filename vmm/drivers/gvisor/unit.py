@@ -31,6 +31,8 @@ class Unit:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     exit: Exit | None = None
     is_frozen: bool = False
+    #: Whether gVisor's count of open connections is right: it leaves out those that an image has brought along.
+    counts_connections: bool = False
 
     def facts(self) -> dict[str, Any]:
         """What `adopted` needs to know, as JSON values."""
@@ -40,6 +42,7 @@ class Unit:
             "slot": self.slot_index,
             "template": self.template_digest,
             "shape": asdict(self.shape),
+            "counts_connections": self.counts_connections,
         }
 
     @classmethod
@@ -53,7 +56,8 @@ class Unit:
         if processes.start_time(pid) != started:
             return None
         try:
-            return cls(pid, os.pidfd_open(pid), slot, address, template, shape)
+            counts = facts.get("counts_connections") is True
+            return cls(pid, os.pidfd_open(pid), slot, address, template, shape, counts_connections=counts)
         except ProcessLookupError:
             return None
 
