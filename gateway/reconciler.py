@@ -7,7 +7,7 @@ One worker at a time does it, the holder of a lease. Each difference has one rig
     sandbox provisioning, creator gone        running if its machine runs, else error
     sandbox past its end                      destroy it
     sandbox running, machine paused, or v. v. record what the machine is
-    build whose builder fell silent           failed, its machine destroyed
+    build whose builder fell silent           begun again, once; failed the second time
     machine with other timers than SQL has    tell the host
     snapshot pending, nobody taking it        what the host has of it; error if that is nothing
     snapshot ready without an image           error
@@ -126,14 +126,14 @@ class Reconciler:
                 # Its create came again, and will record it.
 
     async def _settle_builds(self) -> set[str]:
-        """End builds that nobody works on any more; the machines of the others."""
+        """Take up builds that nobody works on any more; the machines of the others."""
         machines = set()
         for build in await self._context.database.read(builds.find_open):
             if self._context.clock() - build.alive_at < self._pace.silent_s:
                 machines.add(build.machine_id)
             else:
                 _log.warning("build %s has been left by its builder", build.id)
-                await self._engine.builds.interrupt(build)
+                await self._engine.builds.take_up(build)
         return machines
 
     async def _settle(self, sandbox: Sandbox, machine: MachineInfo | None) -> None:

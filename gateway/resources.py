@@ -420,7 +420,10 @@ class BuildSpec:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """One run of a template's specification. `step` counts from 1; `error_code` is a `BuildFailure`."""
+    """One run of a template's specification. `step` counts from 1; `error_code` is a `BuildFailure`.
+
+    machine_id: the builder's machine; another one after each of the `restarts`.
+    """
 
     id: str
     template_id: str
@@ -440,6 +443,7 @@ class Build:
     started_at: float | None
     finished_at: float | None
     alive_at: float
+    restarts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,9 +152,16 @@ class HostClient:
         """
         return decode(MachineInfo, await self._call("machine.resume", deadline, id=machine_id))
 
-    async def restore_machine(self, machine_id: str, snapshot_id: str, *, deadline: float | None = None) -> MachineInfo:
-        """Take a machine back to a snapshot: memory, processes and files. On an error it goes on as it was."""
-        return decode(MachineInfo, await self._call("machine.restore", deadline, id=machine_id, snapshot=snapshot_id))
+    async def restore_machine(
+        self, machine_id: str, snapshot_id: str, restore_id: str | None = None, *, deadline: float | None = None
+    ) -> MachineInfo:
+        """Take a machine back to a snapshot: memory, processes and files. On an error it goes on as it was.
+
+        restore_id: names this restore; asked for once more, it is not made again.
+        """
+        named = {} if restore_id is None else {"restore": restore_id}
+        answer = await self._call("machine.restore", deadline, id=machine_id, snapshot=snapshot_id, **named)
+        return decode(MachineInfo, answer)
 
     async def fork_machine(
         self, machine_id: str, children: Sequence[ChildSpec], *, deadline: float | None = None

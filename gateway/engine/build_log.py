@@ -26,8 +26,10 @@ class BuildLog:
     def __init__(self, context: Context, build: Build) -> None:
         self._context = context
         self._build_id = build.id
-        self._bytes_left = context.settings.build_log_bytes_max
-        self._bytes = 0
+        self._machine_id = build.machine_id
+        # A build that was started again goes on with the log it has.
+        self._bytes_left = context.settings.build_log_bytes_max - build.log_bytes
+        self._bytes = build.log_bytes
         self._lines: list[BuildLine] = []
         self._partial: dict[Stream, str] = {}
         self.step = 0
@@ -80,7 +82,8 @@ class BuildLog:
         lines, self._lines = self._lines, []
 
         def job(connection: sa.Connection) -> bool:
-            is_open = rows.change(connection, self._build_id, log_bytes=self._bytes, alive_at=self._context.clock())
+            signs = {"log_bytes": self._bytes, "alive_at": self._context.clock()}
+            is_open = rows.change(connection, self._build_id, builder=self._machine_id, **signs)
             rows.append_lines(connection, self._build_id, lines)
             return is_open
 

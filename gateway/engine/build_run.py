@@ -1,7 +1,8 @@
 """One build: a machine from the base template, the steps in it, what it starts, a snapshot of its memory.
 
     queued ─▶ building ─▶ certifying ─▶ snapshotting ─▶ ready
-       └─────────┴─────────────┴─────────────┴──▶ failed(step, cause) | cancelled
+     ▲ └─────────┴─────────────┴─────────────┴──▶ failed(step, cause) | cancelled
+     └── once, from the first step on and on another machine, when the server has stopped in its midst
 
 The builder's machine is an ordinary one: the same isolation, the same network rules, limits like those of the
 sandboxes to come. It ends with the build, whatever becomes of that.
@@ -102,6 +103,8 @@ class BuildRun:
             await self._fail(BuildFailure.HOST_FAILED, from_vmm(error).message)
 
     async def _make(self) -> SnapshotInfo:
+        if self._build.restarts:
+            self._log.say("the server stopped during the build; it begins again")
         await self._note(BuildState.BUILDING, started_at=self._context.clock())
         agent = await self._boot()
         await agent.mkdir(self._spec.workdir, parents=True)
@@ -216,7 +219,7 @@ class BuildRun:
 
     async def _note(self, state: BuildState, **values: Any) -> None:
         def job(connection: sa.Connection) -> None:
-            if builds.change(connection, self._build.id, state=state.value, **values):
+            if builds.change(connection, self._build.id, builder=self._build.machine_id, state=state.value, **values):
                 _event(connection, self._build, state)
 
         await self._context.database.write(job)
@@ -230,8 +233,11 @@ class BuildRun:
 
         def job(connection: sa.Connection) -> str | None:
             ended = {"state": BuildState.READY.value, "finished_at": at, "size_bytes": image.size_bytes}
-            if not builds.change(connection, build.id, **ended):
-                return build.id
+            if not builds.change(connection, build.id, builder=build.machine_id, **ended):
+                # Somebody has ended it, or it is being made anew elsewhere: as an image with the same id.
+                current = builds.get(connection, build.id)
+                is_over = current is None or current.state in {BuildState.FAILED, BuildState.CANCELLED}
+                return build.id if is_over else None
             before = templates.get(connection, build.workspace_id, build.template_id)
             templates.change(
                 connection,
@@ -257,7 +263,8 @@ class BuildRun:
     async def _fail(self, cause: BuildFailure, detail: str) -> None:
         self._log.say(f"failed: {cause.value}: {detail}")
         await self._log.flush()
-        await end_build(self._context, self._build, BuildState.FAILED, cause, detail)
+        machine_id = self._build.machine_id
+        await end_build(self._context, self._build, BuildState.FAILED, cause, detail, builder=machine_id)
 
     async def _delete_image(self, image_id: str) -> None:
         try:
@@ -273,15 +280,21 @@ class BuildRun:
 
 
 async def end_build(
-    context: Context, build: Build, state: BuildState, cause: BuildFailure | None = None, detail: str | None = None
+    context: Context,
+    build: Build,
+    state: BuildState,
+    cause: BuildFailure | None = None,
+    detail: str | None = None,
+    *,
+    builder: str | None = None,
 ) -> bool:
-    """Record that a build ended without success; False if it had ended already."""
+    """Record that a build ended without success; False if it had ended already. builder: as for `builds.change`."""
     at = context.clock()
 
     def job(connection: sa.Connection) -> bool:
         code = None if cause is None else cause.value
         values = {"state": state.value, "error_code": code, "error_detail": detail, "finished_at": at}
-        if not builds.change(connection, build.id, **values):
+        if not builds.change(connection, build.id, builder=builder, **values):
             return False
         template = templates.get(connection, build.workspace_id, build.template_id)
         if template is not None:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -31,6 +32,7 @@ from gateway.resources import Build, BuildFailure, BuildLine, BuildSpec, BuildSt
 from gateway.store import builds as rows
 from gateway.store import templates as template_rows
 from vmm.errors import VmmError
+from vmm.types import StopCause
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +40,9 @@ _BUILDS_MAX = 100
 _LINES_MAX = 10_000
 _PAGE = 500
 _OPEN_PER_WORKSPACE_MAX = 10
+_RESTARTS_MAX = 1
+#: How a build looks that nobody has begun.
+_FROM_THE_START: dict[str, Any] = {"state": BuildState.QUEUED, "step": 0, "step_name": None}
 _NOT_SLUG = re.compile(r"[^a-z0-9]+")
 _SIZES = {"cpu_count": "vcpu", "memory_mib": "memoryMib", "disk_mib": "diskMib"}
 
@@ -52,15 +57,16 @@ class BuildService:
         self._running: dict[str, asyncio.Task[None]] = {}
 
     async def close(self) -> None:
-        """End the builds under way; they are recorded as interrupted."""
+        """End the builds under way; they wait for a server that takes them up."""
         tasks = dict(self._running)
         for task in tasks.values():
             task.cancel()
         await asyncio.gather(*tasks.values(), return_exceptions=True)
         for build_id in tasks:
-            build = await self._context.database.lookup(partial(rows.get, build_id=build_id))
-            if build is not None:
-                await self.interrupt(build)
+            alive_at = self._context.clock()
+            await self._context.database.write(
+                partial(rows.change, build_id=build_id, alive_at=alive_at, **_FROM_THE_START)
+            )
 
     async def create(self, principal: Principal, command: CreateTemplate) -> Template:
         """Make a template and begin its first build.
@@ -174,13 +180,43 @@ class BuildService:
     def _ended(self, build: Build, task: asyncio.Task[None]) -> None:
         del self._running[build.id]
         if not task.cancelled() and (error := task.exception()) is not None:
-            # Its row falls silent, and the reconciler records it as interrupted.
+            # Its row falls silent, and the reconciler has it taken up.
             _log.error("build %s failed by a fault of ours", build.id, exc_info=error)
 
-    async def interrupt(self, build: Build) -> None:
-        """Record that whoever built it has gone."""
-        detail = "the server stopped during the build"
-        await end_build(self._context, build, BuildState.FAILED, BuildFailure.INTERRUPTED, detail)
+    async def take_up(self, build: Build) -> None:
+        """Begin a build again whose builder has gone; what has been begun again before fails."""
+        if build.restarts >= _RESTARTS_MAX:
+            await self._interrupt(build, "the server stopped during the build, and again when it had begun anew")
+            return
+        try:
+            origin = await self._origin(Principal(build.workspace_id, None, frozenset()), build.spec)
+        except GatewayError as error:
+            await self._interrupt(build, f"the server stopped during the build; it cannot begin again: {error.message}")
+            return
+        restarts = build.restarts + 1
+        changes: dict[str, Any] = {
+            "machine_id": _derived(build.id, f"machine {restarts}"),
+            "restarts": restarts,
+            "started_at": None,
+            "alive_at": self._context.clock(),
+            **_FROM_THE_START,
+        }
+        take = partial(rows.change, build_id=build.id, builder=build.machine_id, **changes)
+        if await self._context.database.write(take):
+            await self._clear(build)
+            self._start(replace(build, **changes), origin)
+
+    async def _clear(self, build: Build) -> None:
+        """Remove what the first attempt has left: its machine, and an image nobody has been told of."""
+        try:
+            await self._context.host.destroy_machine(build.machine_id, StopCause.LOST)
+            await self._context.host.delete_snapshot(build.id)
+        except VmmError as error:
+            _log.info("what build %s has left behind is left to the reconciler: %s", build.id, error)
+
+    async def _interrupt(self, build: Build, detail: str) -> None:
+        machine_id = build.machine_id
+        await end_build(self._context, build, BuildState.FAILED, BuildFailure.INTERRUPTED, detail, builder=machine_id)
 
     async def delete(self, principal: Principal, command: DeleteTemplate) -> Template:
         """Remove a template with its builds. Raises template_not_found, template_in_use."""

@@ -40,9 +40,12 @@ class RestoreService:
             raise GatewayError("snapshot_incompatible", "The snapshot is of a sandbox of another template or size.")
         with vmm_errors():
             deadline = time.monotonic() + _RESTORE_S
-            machine = await self._context.host.restore_machine(sandbox.id, snapshot.id, deadline=deadline)
-        await self._note_restored(sandbox, snapshot, machine, command.effect_id)
+            machine = await self._context.host.restore_machine(
+                sandbox.id, snapshot.id, command.effect_id, deadline=deadline
+            )
+        # In this order: what is noted is not done again, and the host restores once however often it is asked.
         await self._renew_env(sandbox, snapshot)
+        await self._note_restored(sandbox, snapshot, machine, command.effect_id)
         return await self._context.sandbox(principal, sandbox.id)
 
     async def _note_restored(self, sandbox: Sandbox, snapshot: Snapshot, machine: MachineInfo, effect_id: str) -> None:

@@ -61,9 +61,14 @@ def count_open(connection: sa.Connection, workspace_id: str) -> int:
     ).scalar_one()
 
 
-def change(connection: sa.Connection, build_id: str, **values: Any) -> bool:
-    """Set columns of a build that has not ended; whether it has not."""
+def change(connection: sa.Connection, build_id: str, *, builder: str | None = None, **values: Any) -> bool:
+    """Set columns of a build that has not ended; whether it has not.
+
+    builder: the machine it is made on; one that is made anew on another has ended for whoever works there.
+    """
     statement = sa.update(builds).where(builds.c.id == build_id, builds.c.state.in_(OPEN))
+    if builder is not None:
+        statement = statement.where(builds.c.machine_id == builder)
     return connection.execute(statement.values(**values)).rowcount == 1
 
 

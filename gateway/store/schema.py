@@ -198,6 +198,7 @@ builds = sa.Table(
     sa.Column("finished_at", sa.Double),
     # Who builds says so now and then; one that has fallen silent has died.
     sa.Column("alive_at", sa.Double, nullable=False),
+    sa.Column("restarts", sa.Integer, nullable=False, server_default="0"),
     sa.Index("ix_builds_template_id_created_at", "template_id", "created_at"),
     sa.Index("ix_builds_state", "state"),
 )

@@ -52,6 +52,26 @@ async def test_a_snapshot_is_restored_in_place_and_elsewhere(client: HostClient,
     assert again.parent == taken.id
 
 
+async def test_a_restore_that_is_asked_for_again_is_not_made_again(client: HostClient) -> None:
+    made = await made_with(client, b"before")
+    taken = await client.create_snapshot(str(uuid.uuid4()), made.id)
+    first, second = str(uuid.uuid4()), str(uuid.uuid4())
+    restores = await asyncio.gather(*(client.restore_machine(made.id, taken.id, first) for _ in range(3)))
+    assert len({restored.unit for restored in restores}) == 1
+    await client.agent(made.id).write("/workspace/f", b"after")
+    assert (await client.restore_machine(made.id, taken.id, first)).unit == restores[0].unit
+    assert await content(client, restores[0]) == b"after"
+    # Nor is the snapshot needed for that any more.
+    other = await client.create_snapshot(str(uuid.uuid4()), made.id)
+    await client.delete_snapshot(taken.id)
+    assert (await client.restore_machine(made.id, taken.id, first)).unit == restores[0].unit
+    assert await code_of(client.restore_machine(made.id, taken.id, second)) == "snapshot_not_found"
+    assert (await client.restore_machine(made.id, other.id, second)).unit != restores[0].unit
+    # Without a name each is one of its own.
+    unnamed = [(await client.restore_machine(made.id, other.id)).unit for _ in range(2)]
+    assert len(set(unnamed)) == 2
+
+
 @pytest.mark.parametrize("state", [MachineState.RUNNING, MachineState.FROZEN, MachineState.HIBERNATED])
 async def test_a_snapshot_leaves_the_machine_as_it_was(client: HostClient, state: MachineState) -> None:
     made = await made_with(client, b"x")

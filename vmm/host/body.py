@@ -176,14 +176,20 @@ class Body:
                 self.line.release()
         return Capture(record, image, saved, failures(hooks))
 
-    async def restore(self, snapshot: str) -> None:
-        """running, frozen, hibernated ─▶ running, as it was when the snapshot was taken."""
+    async def restore(self, snapshot: str, restore_id: str | None) -> None:
+        """running, frozen, hibernated ─▶ running, as it was when the snapshot was taken.
+
+        restore_id: nothing happens if the last restore had it: whoever asked has not heard of its end.
+        """
+        if restore_id is not None and self.record.restore == restore_id:
+            return
         found, old_image = self._parts.find_snapshot(snapshot), self.record.image
         self._make_room(found.image)
         unit = await self._restored(found.image, is_own=found.info.machine == self.record.id)
         point("restore.complete")
         state = MachineState.RUNNING
-        self._commit(unit, state=state, snapshot=snapshot, image=None, frozen_at=None, last_active_at=time.time())
+        came_from = {"snapshot": snapshot, "restore": restore_id, "image": None}
+        self._commit(unit, state=state, frozen_at=None, last_active_at=time.time(), **came_from)
         point("restore.written")
         self._take(unit)
         self.tell()

@@ -46,7 +46,8 @@ class Record:
 
     unit: the driver's id of what runs, None while hibernated.
     image: what a hibernated machine wakes from, and a forked one is made from.
-    snapshot: the snapshot that its memory came from at last.  frozen_at: Unix seconds.
+    snapshot: the snapshot that its memory came from at last.  restore: what its last restore was called.
+    frozen_at: Unix seconds.
     """
 
     spec: MachineSpec
@@ -64,6 +65,7 @@ class Record:
     origin: Origin | None = None
     image: str | None = None
     snapshot: str | None = None
+    restore: str | None = None
     frozen_at: float | None = None
     started_at: float | None = None
     stopped_at: float | None = None

@@ -123,9 +123,9 @@ class Machine:
         self._last_wake = self._next_wake()
         await asyncio.shield(self._last_wake.done)
 
-    async def restore(self, snapshot: str) -> None:
-        """Take it back to a snapshot."""
-        await self._ask(lambda: self._body.restore(snapshot))
+    async def restore(self, snapshot: str, restore_id: str | None) -> None:
+        """Take it back to a snapshot; not again if that restore was the last one."""
+        await self._ask(lambda: self._body.restore(snapshot, restore_id))
 
     async def save(self, image: str) -> Capture:
         """Save it into an image yet to be published."""

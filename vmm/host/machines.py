@@ -200,10 +200,9 @@ class Machines:
         """Have a machine run again."""
         return await self._move(machine_id, Machine.resume)
 
-    async def restore(self, machine_id: str, snapshot_id: str) -> MachineInfo:
-        """Take a machine back to a snapshot."""
-        self.snapshots.find_ready(snapshot_id)
-        return await self._move(machine_id, lambda machine: machine.restore(snapshot_id))
+    async def restore(self, machine_id: str, snapshot_id: str, restore_id: str | None = None) -> MachineInfo:
+        """Take a machine back to a snapshot; not again if that restore was the last one."""
+        return await self._move(machine_id, lambda machine: machine.restore(snapshot_id, restore_id))
 
     async def snapshot(self, snapshot_id: str, machine_id: str) -> SnapshotInfo:
         """Take a snapshot of a machine."""

@@ -77,7 +77,8 @@ async def _resume(host: Host, op: Mapping[str, Any]) -> MachineInfo:
 
 
 async def _restore(host: Host, op: Mapping[str, Any]) -> MachineInfo:
-    return await host.machines.restore(_text(op, "id"), _text(op, "snapshot"))
+    restore_id = _text(op, "restore") if "restore" in op else None
+    return await host.machines.restore(_text(op, "id"), _text(op, "snapshot"), restore_id)
 
 
 async def _fork(host: Host, op: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import msgspec
 import pytest
 
 from gateway.commands import (
@@ -259,17 +260,79 @@ async def test_a_build_that_another_worker_ended_stops(engine: Engine, principal
     await until_machines(engine, [])
 
 
-async def test_a_build_whose_builder_died_is_ended_by_the_reconciler(engine: Engine, principal: Principal) -> None:
-    template = await make(engine, principal, spec("true"))
+async def abandoned(engine: Engine, principal: Principal, template: Template, restarts: int) -> Build:
+    """A build like the template's last one whose builder has died, with the machine it has left."""
     done, _ = await ended(engine, principal, template)
-    left = replace(done, id=new_id(), machine_id=new_id(), state=BuildState.BUILDING, finished_at=None, alive_at=1.0)
+    left = replace(
+        done,
+        id=new_id(),
+        machine_id=new_id(),
+        state=BuildState.BUILDING,
+        created_at=done.created_at + 1,
+        finished_at=None,
+        alive_at=1.0,
+        restarts=restarts,
+    )
     await engine.context.database.write(partial(builds.insert, build=left))
     await engine.context.host.create_machine(MachineSpec(left.machine_id, "default", "build"))
+    return left
+
+
+async def test_a_build_whose_builder_died_begins_again(engine: Engine, principal: Principal) -> None:
+    template = await make(engine, principal, spec("echo built"))
+    left = await abandoned(engine, principal, template, restarts=0)
+    # An image that it had taken, and that nobody was told of.
+    await engine.context.host.create_snapshot(left.id, left.machine_id)
+    await Reconciler(engine, Pace(orphan_s=0.0)).reconcile()
+    done, lines = await ended(engine, principal, template)
+    assert (done.id, done.state, done.restarts) == (left.id, BuildState.READY, 1)
+    assert done.machine_id != left.machine_id
+    assert texts(lines, "stdout") == ["built"]
+    assert texts(lines, "system")[0] == "the server stopped during the build; it begins again"
+    await until_machines(engine, [])
+    assert (await engine.get_template(principal, GetTemplate("mine"))).image_id == left.id
+
+
+async def test_a_build_begins_again_once(engine: Engine, principal: Principal) -> None:
+    template = await make(engine, principal, spec("true"))
+    left = await abandoned(engine, principal, template, restarts=1)
     await Reconciler(engine, Pace(orphan_s=0.0)).reconcile()
     found = await engine.get_build(principal, GetBuild(left.id))
     assert (found.state, found.error_code) == (BuildState.FAILED, "interrupted")
+    await Reconciler(engine, Pace(orphan_s=0.0)).reconcile()
     await until_machines(engine, [])
     assert (await engine.get_template(principal, GetTemplate("mine"))).state == "ready"
+
+
+async def test_a_build_that_cannot_begin_again_fails(engine: Engine, principal: Principal) -> None:
+    template = await make(engine, principal, spec("true"))
+    left = await abandoned(engine, principal, template, restarts=0)
+    lost = replace(left, id=new_id(), machine_id=new_id(), spec=BuildSpec("no-such-base"))
+    await engine.context.database.write(partial(builds.insert, build=lost))
+    await Reconciler(engine, Pace(orphan_s=0.0)).reconcile()
+    found = await engine.get_build(principal, GetBuild(lost.id))
+    assert (found.state, found.error_code) == (BuildState.FAILED, "interrupted")
+    assert "no-such-base" in (found.error_detail or "")
+
+
+async def test_a_builder_that_only_seemed_dead_changes_nothing(engine: Engine, principal: Principal) -> None:
+    """Two builders of one build: the one that was given up has no say any more."""
+    template = await make(engine, principal, spec("echo here", "sleep 1000"))
+    first = await newest(engine, principal, template)
+    async with asyncio.timeout(60):
+        while not texts(await engine.get_build_log(principal, GetBuildLog(first.id)), "stdout"):
+            await asyncio.sleep(0.02)
+    elsewhere = Engine(engine.context)
+    await Reconciler(elsewhere, Pace(silent_s=-60.0)).reconcile()
+    async with asyncio.timeout(60):
+        while len(texts(await engine.get_build_log(principal, GetBuildLog(first.id)), "stdout")) < 2:
+            await asyncio.sleep(0.02)
+    again = await engine.get_build(principal, GetBuild(first.id))
+    assert (again.state, again.restarts) == (BuildState.BUILDING, 1)
+    await until_machines(engine, [again.machine_id])
+    await engine.cancel_build(principal, CancelBuild(first.id))
+    await until_machines(engine, [])
+    await elsewhere.close()
 
 
 async def test_a_builder_at_work_keeps_its_machine(engine: Engine, principal: Principal) -> None:
@@ -280,10 +343,25 @@ async def test_a_builder_at_work_keeps_its_machine(engine: Engine, principal: Pr
             await asyncio.sleep(0.02)
     await Reconciler(engine, Pace(orphan_s=0.0)).reconcile()
     assert await machines(engine) == [build.machine_id]
+
+
+async def test_a_server_that_stops_leaves_its_builds_to_the_next(engine: Engine, principal: Principal) -> None:
+    template = await make(engine, principal, spec("echo here", "sleep 1000"))
+    build = await newest(engine, principal, template)
+    async with asyncio.timeout(60):
+        while not texts(await engine.get_build_log(principal, GetBuildLog(build.id)), "stdout"):
+            await asyncio.sleep(0.02)
     await engine.close()
     found = await engine.get_build(principal, GetBuild(build.id))
-    assert (found.state, found.error_code) == (BuildState.FAILED, "interrupted")
+    assert (found.state, found.step, found.error_detail) == (BuildState.QUEUED, 0, None)
     await until_machines(engine, [])
+    quick = msgspec.to_builtins(spec("echo here"))
+    await engine.context.database.write(partial(builds.change, build_id=build.id, spec=quick))
+    later = Engine(engine.context)
+    await Reconciler(later, Pace(silent_s=-60.0)).reconcile()
+    done, lines = await ended(later, principal, template)
+    assert (done.state, done.restarts) == (BuildState.READY, 1)
+    assert texts(lines, "stdout") == ["here", "here"]
 
 
 async def test_the_hosts_templates_and_the_workspaces_are_listed(

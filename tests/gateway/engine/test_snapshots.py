@@ -131,6 +131,22 @@ async def test_the_same_command_takes_it_back_once(engine: Engine, principal: Pr
     assert await read(engine, principal, sandbox) == b"before"
 
 
+async def test_a_restore_whose_worker_died_is_not_made_again(
+    engine: Engine, principal: Principal, sandbox: Sandbox
+) -> None:
+    taken = await take(engine, principal, sandbox)
+    command = RestoreSandbox(sandbox.id, taken.id, new_id())
+    await engine.set_env(principal, SetEnv(sandbox.id, {"LATER": "kept"}))
+    # The worker asks the host, and dies before it has noted anything.
+    await engine.context.host.restore_machine(sandbox.id, taken.id, command.effect_id)
+    await write(engine, principal, sandbox, b"after")
+    back = await engine.restore_sandbox(principal, command)
+    assert (back.state, back.snapshot_id) == (SandboxState.RUNNING, taken.id)
+    assert await read(engine, principal, sandbox) == b"after"
+    result = await engine.exec(principal, Exec(sandbox.id, new_id(), argv=["env"]))
+    assert b"LATER=kept" in result.stdout
+
+
 async def test_a_paused_sandbox_can_be_saved_and_restored(
     engine: Engine, principal: Principal, sandbox: Sandbox
 ) -> None:
