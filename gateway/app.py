@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
 
 import sqlalchemy as sa
@@ -40,6 +40,7 @@ from previews.errors import PlaneError
 from previews.plane import PlaneClient
 from vmm.client import HostClient
 from vmm.errors import VmmError
+from vmm.types import PoolStatus
 
 _FLUSH_EVERY_S = 5.0
 _SWEEP_EVERY_S = 60.0
@@ -92,7 +93,7 @@ async def open_worker(settings: Settings) -> AsyncGenerator[Parts, None]:
             "plane": partial(_plane_listens, plane),
         }
         yield Parts(
-            entry=_entry(settings, dialect, phases, checks),
+            entry=_entry(settings, dialect, phases, checks, partial(_pools, context.host)),
             background={
                 "activity": activity.run,
                 "watcher": HostWatcher(engine).run,
@@ -174,10 +175,16 @@ def _terms(settings: Settings) -> Terms:
     )
 
 
-def _entry(settings: Settings, dialect: MiosaDialect, phases: Phases, checks: Checks) -> ASGIApp:
+def _entry(
+    settings: Settings,
+    dialect: MiosaDialect,
+    phases: Phases,
+    checks: Checks,
+    pools: Callable[[], Awaitable[Sequence[PoolStatus]]],
+) -> ASGIApp:
     return Entry(
         [Mounted(dialect, dialect.prefix, make_routes(phases, dialect))],
-        own={"/healthz": healthz, "/readyz": readyz(checks), "/metrics": metrics_page},
+        own={"/healthz": healthz, "/readyz": readyz(checks), "/metrics": metrics_page(pools)},
         limits=BodyLimits(settings.json_body_bytes_max, settings.upload_bytes_max),
     )
 
@@ -196,6 +203,10 @@ async def _host_answers(host: HostClient) -> bool:
     except VmmError:
         return False
     return True
+
+
+async def _pools(host: HostClient) -> Sequence[PoolStatus]:
+    return await host.pool_status(deadline=asyncio.get_running_loop().time() + _CHECK_WITHIN_S)
 
 
 async def _plane_listens(plane: PlaneClient) -> bool:

@@ -17,6 +17,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.observability import metrics
+from vmm.errors import VmmError
+from vmm.types import PoolStatus
 
 _log = logging.getLogger(__name__)
 
@@ -105,9 +107,19 @@ def readyz(checks: Checks) -> ASGIApp:
     return _for_operator(app)
 
 
-async def _metrics(scope: Scope, receive: Receive, send: Send) -> None:
-    body = await asyncio.to_thread(metrics.render)
-    await Response(body, media_type="text/plain; version=0.0.4")(scope, receive, send)
+def metrics_page(pools: Callable[[], Awaitable[Sequence[PoolStatus]]]) -> ASGIApp:
+    """/metrics: the counts of all workers and of the host's pools, which a host that does not answer leaves out."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            stock = await pools()
+        except VmmError as error:
+            _log.warning("metrics without those of the pool: %s", error)
+            stock = ()
+        body = await asyncio.to_thread(metrics.render, stock)
+        await Response(body, media_type="text/plain; version=0.0.4")(scope, receive, send)
+
+    return _for_operator(app)
 
 
 def _for_operator(app: ASGIApp) -> ASGIApp:
@@ -118,10 +130,6 @@ def _for_operator(app: ASGIApp) -> ASGIApp:
         await (app if is_operator else _answer_json({"error": "not found"}, 404))(scope, receive, send)
 
     return guarded
-
-
-#: /metrics: the counts of all workers.
-metrics_page = _for_operator(_metrics)
 
 
 def _answer_json(content: Mapping[str, object], status: int) -> Response:

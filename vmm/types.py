@@ -204,7 +204,11 @@ class SnapshotInfo:
 
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
-    """The warm machines of one shape. refill_ms: how long making one takes, None before the first."""
+    """The warm machines of one shape. refill_ms: how long making one takes, None before the first.
+
+    thawed: of the ready ones, how many are not frozen.  claims, misses: creates, and those that found none ready.
+    refills, failures: units that were made ahead, and that could not be. All four count from the host's start.
+    """
 
     template: str
     cpu_count: float
@@ -217,6 +221,9 @@ class PoolStatus:
     claims: int
     misses: int
     refill_ms: float | None
+    thawed: int = 0
+    refills: int = 0
+    failures: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,16 @@ the API answers.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from gateway.owners import is_running
+from vmm.types import PoolStatus
 
 REGISTRY = CollectorRegistry()
 
@@ -79,12 +83,48 @@ AUTH_FAILURES = _counter("sandgate_auth_failures", "Requests whose key or ticket
 UNEXPECTED = _counter("sandgate_unexpected_errors", "Faults of ours answered as `internal`; each is in the log.")
 
 
-def render() -> bytes:
-    """The exposition of all workers."""
+#: Of the warm pool; the host keeps the numbers and is asked for them. Name, kind, meaning, and where they are found.
+_POOL: list[tuple[str, str, str, Callable[[PoolStatus], float]]] = [
+    ("sandgate_pool_ready", "gauge", "Booted sandboxes in stock, by shape.", lambda pool: pool.ready),
+    ("sandgate_pool_thawed", "gauge", "Of those, the ones that are not frozen.", lambda pool: pool.thawed),
+    (
+        "sandgate_pool_shells",
+        "gauge",
+        "Shells in stock, in which nothing runs yet.",
+        lambda pool: pool.shells,
+    ),
+    ("sandgate_pool_hits", "counter", "Creates that found one ready.", lambda pool: pool.claims - pool.misses),
+    ("sandgate_pool_misses", "counter", "Creates that found none ready.", lambda pool: pool.misses),
+    ("sandgate_pool_refills", "counter", "Sandboxes and shells made ahead.", lambda pool: pool.refills),
+    ("sandgate_pool_failures", "counter", "Those that could not be made; see hostd's log.", lambda pool: pool.failures),
+]
+_SHAPE = ("template", "cpu_count", "memory_mib", "disk_mib")
+TABLE += [
+    Row(f"{name}_total" if kind == "counter" else name, kind, _SHAPE, meaning) for name, kind, meaning, _ in _POOL
+]
+
+
+class _Pools(Collector):
+    """The pool's numbers as the host has told them."""
+
+    def __init__(self, pools: Sequence[PoolStatus]) -> None:
+        self._pools = pools
+
+    def collect(self) -> Iterator[Metric]:
+        for name, kind, meaning, value in _POOL:
+            family = (CounterMetricFamily if kind == "counter" else GaugeMetricFamily)(name, meaning, labels=_SHAPE)
+            for pool in self._pools:
+                family.add_metric([str(getattr(pool, label)) for label in _SHAPE], value(pool))
+            yield family
+
+
+def render(pools: Sequence[PoolStatus] = ()) -> bytes:
+    """The exposition of all workers, and of the host's pools."""
+    registry = CollectorRegistry()
+    registry.register(_Pools(pools))
     directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if directory is None:
-        return generate_latest(REGISTRY)
-    registry = CollectorRegistry()
+        return generate_latest(REGISTRY) + generate_latest(registry)
     multiprocess.MultiProcessCollector(registry, directory)  # type: ignore[no-untyped-call]
     return generate_latest(registry)
 

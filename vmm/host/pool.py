@@ -14,6 +14,7 @@ import asyncio
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -58,6 +59,9 @@ class Pool:
         self._stock: dict[int, Unit | Shell] = {}
         self._watches: dict[int, asyncio.Task[None]] = {}
         self._makes: set[asyncio.Task[None]] = set()
+        #: By pool: units made, and those that could not be.
+        self._refills: Counter[int] = Counter()
+        self._failures: Counter[int] = Counter()
         self._changed = asyncio.Event()
         #: Claims that are over and still hold up refills.
         self._resting = 0
@@ -122,9 +126,16 @@ class Pool:
                     claims=found.claims,
                     misses=found.misses,
                     refill_ms=found.refill_s * 1000,
+                    thawed=self._thawed(pool, found.ready),
+                    refills=self._refills[pool],
+                    failures=self._failures[pool],
                 )
             )
         return statuses
+
+    def _thawed(self, pool: int, ready: int) -> int:
+        units = (self._stock.get(number) for number in self._scheduler.first_ready(pool, ready))
+        return sum(isinstance(unit, Unit) and not unit.line.is_held for unit in units)
 
     @contextmanager
     def _claim(self, shape: Shape) -> Iterator[Unit | Shell | None]:
@@ -266,12 +277,12 @@ class Pool:
             if action.kind is None:
                 self._give_up(self._take(action.unit))
             else:
-                make = self._make(action.unit, shapes[action.pool], action.kind)
+                make = self._make(action.unit, action.pool, shapes[action.pool], action.kind)
                 task = run_in_background(make, f"refill {action.unit}")
                 self._makes.add(task)
                 task.add_done_callback(self._makes.discard)
 
-    async def _make(self, number: int, shape: Shape, kind: Kind) -> None:
+    async def _make(self, number: int, pool: int, shape: Shape, kind: Kind) -> None:
         made: Unit | Shell | None = None
         try:
             if kind is Kind.SHELL:
@@ -280,8 +291,10 @@ class Pool:
                 made = await self._units.warm(shape)
                 await self._weigh(made)
         except VmmError as error:
+            self._failures[pool] += 1
             logger.warning("no %s unit of %s could be made ahead: %s", kind, shape.template, explain(error))
         else:
+            self._refills[pool] += 1
             if self._scheduler.made(number, time.monotonic()):
                 self._stock[number] = made
                 self._watches[number] = run_in_background(self._watch(number, made.id), f"watch {made.id}")
