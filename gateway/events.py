@@ -24,6 +24,9 @@ from gateway.store import events as rows
 #: Who waits looks for new events this often even when nobody wakes it.
 POLL_S = 1.0
 
+#: Others are poked at once, and then not before this: many small commits are one wake-up of theirs.
+_POKE_PACE_S = 0.005
+
 _PAGE = 100
 
 
@@ -66,12 +69,23 @@ class EventLog:
     def __init__(self, database: Database, poke: Callable[[], None]) -> None:
         self._database = database
         self._poke = poke
+        self._is_pacing = False
+        self._is_poke_due = False
         self._grown = asyncio.Event()
 
     def announce(self) -> None:
         """Call after a transaction that appended: wakes who waits here and elsewhere."""
         self.wake()
-        self._poke()
+        self._is_poke_due = True
+        if not self._is_pacing:
+            self._poke_others()
+
+    def _poke_others(self) -> None:
+        self._is_pacing = self._is_poke_due
+        if self._is_poke_due:
+            self._is_poke_due = False
+            self._poke()
+            asyncio.get_running_loop().call_later(_POKE_PACE_S, self._poke_others)
 
     def wake(self) -> None:
         """Wake who waits in this process."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Collection, Sequence
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Self
@@ -234,8 +234,10 @@ class HostClient:
         """What the host can do and how full it is."""
         return decode(HostInfo, await self._call("host.info", deadline))
 
-    async def events(self) -> AsyncIterator[MachineInfo]:
+    async def events(self, states: Collection[MachineState] | None = None) -> AsyncIterator[MachineInfo]:
         """Every machine as it is now, then every change of one, for as long as the caller listens.
+
+        states: tell only changes into one of these.
 
         After a break the machines are listed again and what differs is told, so that no change stays unseen. One that
         is not known any more is told as stopped with cause `lost`.
@@ -243,7 +245,7 @@ class HostClient:
         seen: dict[str, MachineInfo] = {}
         while not self._is_closed:
             try:
-                async for machine in self._events_of_one_link(seen):
+                async for machine in self._events_of_one_link(seen, states):
                     yield machine
             except VmmError as error:
                 if not is_break(error) and error.code != "host_unreachable":
@@ -254,7 +256,8 @@ class HostClient:
         """Every snapshot as it is now, then each step and change of one. After a break all are told again."""
         while not self._is_closed:
             try:
-                stream, _ = await ask(self.link, {"op": "machine.events"}, Patience(limit_of(None)))
+                op = {"op": "machine.events", "of": "snapshot"}
+                stream, _ = await ask(self.link, op, Patience(limit_of(None)))
                 with stream:
                     for snapshot in await self.list_snapshots():
                         yield snapshot
@@ -265,8 +268,13 @@ class HostClient:
                     raise
             await asyncio.sleep(_CONNECT_DELAY_MIN_S)
 
-    async def _events_of_one_link(self, seen: dict[str, MachineInfo]) -> AsyncIterator[MachineInfo]:
-        stream, _ = await ask(self.link, {"op": "machine.events"}, Patience(limit_of(None)))
+    async def _events_of_one_link(
+        self, seen: dict[str, MachineInfo], states: Collection[MachineState] | None
+    ) -> AsyncIterator[MachineInfo]:
+        op: dict[str, Any] = {"op": "machine.events", "of": "machine"}
+        if states is not None:
+            op["states"] = list(states)
+        stream, _ = await ask(self.link, op, Patience(limit_of(None)))
         with stream:
             for machine in _differences(seen, await self.list_machines()):
                 yield machine

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import TypeVar
 
 from gateway.engine.context import STARTED
@@ -22,6 +23,8 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _OVER = (MachineState.STOPPED, MachineState.FAILED)
+#: What a sandbox's row can say; what a machine is on its way to is of no interest.
+_TOLD = (MachineState.RUNNING, MachineState.FROZEN, MachineState.HIBERNATED, *_OVER)
 _RETRY_S = 1.0
 
 
@@ -35,7 +38,7 @@ class HostWatcher:
     async def run(self) -> None:
         """Follow until cancelled. A host that cannot be reached is asked again and again."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(_follow(self._context.host.events, self.note), name="machines")
+            tasks.create_task(_follow(partial(self._context.host.events, _TOLD), self.note), name="machines")
             tasks.create_task(
                 _follow(self._context.host.snapshot_events, self._engine.snapshots.note), name="snapshots"
             )

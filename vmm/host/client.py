@@ -22,11 +22,14 @@ from vmm.host.machine import Machine
 from vmm.host.operations import Host
 from vmm.host.transfer import Download, Upload
 from vmm.link import VERSION
+from vmm.types import MachineInfo, SnapshotInfo
 from vmm.wire import FrameProtocol
 
 logger = logging.getLogger(__name__)
 
 _STALL_TIMEOUT_S = 20.0
+#: Every worker of the API listens: each message less is a wake-up less of all of them.
+_EVENTS_PACE_S = 0.005
 
 
 class _Open(Protocol):
@@ -180,12 +183,15 @@ class _Call:
 
 
 class _Events:
-    """`machine.events`: every change of state from the reply on."""
+    """`machine.events`: changes of state from the reply on. What happens within milliseconds is sent as one."""
 
-    def __init__(self, client: Client, stream_id: int, _: Mapping[str, Any]) -> None:
+    def __init__(self, client: Client, stream_id: int, op: Mapping[str, Any]) -> None:
         self._client = client
         self._id = stream_id
-        self._unwatch = client.host.machines.watch(self._on_change)
+        self._of = op.get("of")
+        self._states = op.get("states")
+        self._unsent: list[bytes] = []
+        self._unwatch = client.host.machines.watch(self._wants, self._tell)
         client.send_json(frames.REPLY, stream_id, {})
 
     def send(self, frame: Frame) -> None:
@@ -194,10 +200,23 @@ class _Events:
             self.leave()
 
     def leave(self) -> None:
+        self._unsent = []
         self._unwatch()
 
-    def _on_change(self, event: bytes) -> None:
-        self._client.wire.send(frames.encode(frames.EVENT, 0, self._id, event))
+    def _wants(self, change: MachineInfo | SnapshotInfo) -> bool:
+        if isinstance(change, SnapshotInfo):
+            return self._of in (None, "snapshot")
+        return self._of in (None, "machine") and (self._states is None or change.state in self._states)
+
+    def _tell(self, event: bytes) -> None:
+        if not self._unsent:
+            asyncio.get_running_loop().call_later(_EVENTS_PACE_S, self._send)
+        self._unsent.append(frames.encode(frames.EVENT, 0, self._id, event))
+
+    def _send(self) -> None:
+        if self._unsent:
+            self._client.wire.send(b"".join(self._unsent))
+            self._unsent = []
 
 
 class _Splice:

@@ -72,7 +72,7 @@ class Machines:
         self._machines: dict[str, Machine] = {}
         #: Ids of those that hold resources: counting them at each create would take longer than the rest of it.
         self._live: set[str] = set()
-        self._watchers: set[Callable[[bytes], None]] = set()
+        self._watchers: set[tuple[Callable[[Change], bool], Callable[[bytes], None]]] = set()
         self._is_closing = False
         self._chores: list[asyncio.Task[None]] = []
         self.snapshots = Snapshots(Journal(host / "snapshots", SnapshotRecord), self._changed)
@@ -271,8 +271,9 @@ class Machines:
             raise MachineError("machine_paused", f"machine {machine_id} is hibernated")
         return await self.driver.stats(unit)
 
-    def watch(self, watcher: Callable[[bytes], None]) -> Callable[[], None]:
-        """Call `watcher` with the event of every change of state from now on; returns how to stop that."""
+    def watch(self, wants: Callable[[Change], bool], tell: Callable[[bytes], None]) -> Callable[[], None]:
+        """Tell the event of every change of state that is wanted from now on; returns how to stop that."""
+        watcher = (wants, tell)
         self._watchers.add(watcher)
         return lambda: self._watchers.discard(watcher)
 
@@ -285,12 +286,12 @@ class Machines:
     def _changed(self, change: Change) -> None:
         if change.state in _OVER:
             self._live.discard(change.id)
-        if self._watchers:
-            # Made once for all who watch.
+        told = [tell for wants, tell in self._watchers if wants(change)]
+        if told:
             kind = "machine" if isinstance(change, MachineInfo) else "snapshot"
             event = orjson.dumps({"type": kind, kind: change})
-            for watcher in list(self._watchers):
-                watcher(event)
+            for tell in told:
+                tell(event)
 
     def _admit(self, spec: MachineSpec) -> None:
         """Refuse what is malformed, too large, or more than the host can take now."""

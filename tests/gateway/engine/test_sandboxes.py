@@ -159,7 +159,7 @@ async def test_a_failed_start_is_typed_and_may_be_tried_again(
 async def test_destroying_what_still_starts_leaves_no_machine(
     engine: Engine, principal: Principal, driver: FakeDriver
 ) -> None:
-    driver.faults = Faults(start_delay_s=0.3)
+    driver.faults = Faults(start_delay_s=1.5)
     command = create()
     creating = asyncio.create_task(engine.create_sandbox(principal, command))
     await until(lambda: engine_has(engine, principal, command.effect_id))
