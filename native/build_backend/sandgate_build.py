@@ -8,7 +8,7 @@
 Every step is incremental: cargo and Cython rebuild only what changed. `SANDGATE_CARGO_PROFILE=dev` builds the
 programs without optimisation; anything installed should keep the default, `release`.
 
-`SANDGATE_BUILD_CACHE` names a directory that checkouts share. Compiled crates are in its `cargo`. Finished programs are
+`SANDGATE_BUILD_CACHE` names a directory that checkouts share. Crates of others are in its `cargo`. Finished programs are
 in its `programs` by the hash of what they are made from: another checkout of the same sources takes them, instead of a
 minute of link-time optimisation, and gets the very agent that the cached templates hold.
 """
@@ -103,11 +103,21 @@ def build_cache() -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if sum(path.lstat().st_size for path in crates.rglob("*")) > CRATES_BYTES_MAX:
             shutil.rmtree(crates)
+        forget_own_crates(crates)
         os.environ["CARGO_TARGET_DIR"] = str(crates)
         try:
             yield
         finally:
             del os.environ["CARGO_TARGET_DIR"]
+
+
+def forget_own_crates(crates: Path) -> None:
+    """Have cargo compile our crates again. It tells those of two checkouts apart by nothing but the times of their
+    files: one whose sources are older than the last build of another would get the other's programs.
+    """
+    for depth in ("*", "*/*"):
+        for fingerprint in crates.glob(f"{depth}/.fingerprint/sandgate-*"):
+            shutil.rmtree(fingerprint)
 
 
 def build_native() -> None:
