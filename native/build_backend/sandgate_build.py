@@ -8,7 +8,7 @@
 Every step is incremental: cargo and Cython rebuild only what changed. `SANDGATE_CARGO_PROFILE=dev` builds the
 programs without optimisation; anything installed should keep the default, `release`.
 
-`SANDGATE_BUILD_CACHE` names a directory that checkouts share. Crates of others are in its `cargo`. Finished programs are
+`SANDGATE_BUILD_CACHE` names a directory that checkouts share. Others' crates are in its `cargo`. Finished programs are
 in its `programs` by the hash of what they are made from: another checkout of the same sources takes them, instead of a
 minute of link-time optimisation, and gets the very agent that the cached templates hold.
 """
