@@ -313,8 +313,9 @@ fn write_stdin(arguments: &Stdin, core: &mut Core) -> OpResult<Opened> {
 fn set_identity(arguments: SetIdentity, core: &mut Core) -> OpResult<Opened> {
     arguments.check()?;
     check_env(&arguments.env)?;
-    if arguments.is_immediate() {
+    if arguments.is_quick() {
         // In order with what the client asks for next, without waiting for the answer.
+        arguments.write_files()?;
         arguments.take_effect(core)?;
         return Ok(Opened::Reply(SetupStream::NOTHING_RAN.to_vec()));
     }
