@@ -42,6 +42,9 @@ from vmm.types import MachineInfo, MachineState, Origin, StopCause
 
 logger = logging.getLogger(__name__)
 
+#: From a thaw to the hooks after it: who has woken the machine mostly has an answer by then.
+_HOOKS_REST_S = 0.02
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -273,11 +276,13 @@ class Body:
         point("thaw.thawed")
         self.line.release()
         self.tell()
-        # Whoever waits for the machine does not wait for its hooks.
+        # Whoever waits for the machine does not wait for its hooks, nor for a processor that they keep busy.
         self._hooks = run_in_background(self._after_resume(), f"after-resume {self.record.id}")
 
     async def _after_resume(self) -> None:
-        await self._run_hooks(HookStage.AFTER_RESUME)
+        await asyncio.sleep(_HOOKS_REST_S)
+        if self.record.state is MachineState.RUNNING:
+            await self._run_hooks(HookStage.AFTER_RESUME)
 
     async def _wake_from_image(self, image: str) -> None:
         self._make_room(image)
