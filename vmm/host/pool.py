@@ -36,6 +36,8 @@ _WEIGHT_MIB = {Kind.READY: 48.0, Kind.SHELL: 24.0}
 _MIB = 1024 * 1024
 #: After a claim, its owner's first command needs the processors: a refill that is not urgent waits for that.
 _REST_S = 0.1
+#: Templates and free memory are not looked at for each of many claims.
+_LOOK_PACE_S = 0.1
 #: What has gone wrong with the unit and not with what was wanted of it.
 _UNITS_FAULT = frozenset({"driver_failed", "machine_not_running", "agent_unreachable"})
 
@@ -235,9 +237,12 @@ class Pool:
         self._scheduler.remove_pool(self._pools.pop(key))
 
     async def _refill(self) -> None:
+        look_at = 0.0
         while True:
             self._changed.clear()
-            self._look_around()
+            if time.monotonic() >= look_at:
+                self._look_around()
+                look_at = time.monotonic() + _LOOK_PACE_S
             self._act()
             await self._thaw_first()
             with suppress(TimeoutError):
