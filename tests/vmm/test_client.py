@@ -8,14 +8,18 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import orjson
 import pytest
 
+from native import frames
 from tests.vmm.hosts import HostProcess, host_in_process
+from vmm.agent import Agent
 from vmm.client import HostClient
 from vmm.drivers.base import Exit
 from vmm.drivers.fake import FakeDriver
 from vmm.errors import AgentError, LinkError, MachineError
 from vmm.guest import Command
+from vmm.link import VERSION
 from vmm.types import MachineInfo, MachineSpec, MachineState, StopCause
 
 
@@ -272,3 +276,31 @@ async def _until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("ends_with_client", [True, False])
+async def test_a_process_ends_with_its_client_if_that_is_wanted(
+    client: HostClient, socket_path: Path, ends_with_client: bool
+) -> None:
+    machine = spec()
+    await client.create_machine(machine)
+    agent = client.agent(machine.id)
+    op = {**agent.exec_op("e", Command(shell="sleep 987")), "ends_with_client": ends_with_client}
+    wire = await greeted(socket_path)
+    wire.write(frames.encode(frames.OPEN, 0, 1, orjson.dumps(op)))
+    await eventually_state(agent, "e", "running")
+    wire.close()
+    await eventually_state(agent, "e", "exited" if ends_with_client else "running")
+    await agent.signal("SIGKILL", "e")
+
+
+async def greeted(socket_path: Path) -> asyncio.StreamWriter:
+    _, writer = await asyncio.open_unix_connection(str(socket_path))
+    writer.write(frames.encode(frames.HELLO, 0, 0, orjson.dumps({"version": VERSION, "role": "api"})))
+    return writer
+
+
+async def eventually_state(agent: Agent, exec_id: str, state: str) -> None:
+    async with asyncio.timeout(30):
+        while [one.state for one in await agent.processes() if one.id == exec_id] != [state]:
+            await asyncio.sleep(0.02)

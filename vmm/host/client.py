@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 _STALL_TIMEOUT_S = 20.0
 #: Every worker of the API listens: each message less is a wake-up less of all of them.
 _EVENTS_PACE_S = 0.005
+#: Operations of a machine's agent whose end somebody waits for.
+_AWAITED = frozenset({"exec", "read", "write"})
+_KILL = orjson.dumps({"type": "signal", "signal": "SIGKILL"})
 
 
 class _Open(Protocol):
@@ -227,8 +230,10 @@ class _Splice:
         self._id = stream_id
         self.machine = machine
         self._is_active = not op.get("passive", False)
-        # A command that runs in the foreground may be silent for long and is still being waited for.
-        self._keeps_busy = self._is_active and op.get("op") == "exec" and not (op.get("pty") or op.get("background"))
+        # A command that runs in the foreground may be silent for long and is still being waited for, and so is a file.
+        is_awaited = op.get("op") in _AWAITED and not (op.get("pty") or op.get("background"))
+        self._keeps_busy = self._is_active and is_awaited
+        self._ends_with_client = bool(op.get("ends_with_client", False))
         self._line: LineStream
 
     def open(self, payload: bytes) -> None:
@@ -247,6 +252,8 @@ class _Splice:
             self.machine.use()
         if frame[0] == frames.CLOSE:
             self._end()
+        elif frame[0] == frames.ACK:
+            self._ends_with_client = False
 
     def receive(self, frame: Frame) -> None:
         """From the agent to the client."""
@@ -260,7 +267,9 @@ class _Splice:
         self._end()
 
     def leave(self) -> None:
-        """The client is gone: its processes are detached, its unfinished writes dropped."""
+        """The client is gone: its processes are ended or detached, as it asked, its unfinished writes dropped."""
+        if self._ends_with_client:
+            self._line.send((frames.CONTROL, 0, self._line.id, 0, _KILL))
         self._line.send((frames.CLOSE, 0, self._line.id, 0, b""))
         self._end()
 
