@@ -376,6 +376,23 @@ class ReadFile:
 
 
 @dataclass(frozen=True, slots=True)
+class SendFile:
+    """What reads a file, for the plane to do."""
+
+    sandbox_id: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveFile:
+    """What replaces a file atomically, for the plane to do with a request's body."""
+
+    sandbox_id: str
+    path: str
+    mode: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StatPath:
     """One entry, links not followed."""
 

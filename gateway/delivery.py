@@ -8,6 +8,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gateway.idempotency import Answer
+from previews.streams import HEADER
 
 #: A read that takes longer is watched for its caller's leaving; looking earlier would cost every request a task.
 _WATCH_AFTER_S = 1.0
@@ -86,8 +87,8 @@ async def caller_left(receive: Receive) -> None:
 
 
 def answer_of(response: Response) -> Answer | None:
-    """What can be replayed of a response; None for a stream."""
-    if isinstance(response, StreamingResponse) or not hasattr(response, "body"):
+    """What can be replayed of a response; None for a stream and for what the plane is ordered to do."""
+    if isinstance(response, StreamingResponse) or not hasattr(response, "body") or HEADER in response.headers:
         return None
     headers = tuple(
         (name.decode("latin-1"), value.decode("latin-1"))

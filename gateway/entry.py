@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import GatewayError
 from gateway.ids import uuid7
-from gateway.pipeline import REQUEST_ID, Dialect
+from gateway.pipeline import BODY_BYTES_MAX, REQUEST_ID, Dialect
 from gateway.routing import RouteIndex
 
 _access = logging.getLogger("gateway.access")
@@ -97,6 +97,7 @@ class _Door:
             _check_encoding(scope)
             route, bytes_max = self._find(scope)
             if scope["type"] == "http":
+                scope[BODY_BYTES_MAX] = bytes_max
                 receive = _limited(receive, Headers(scope=scope), bytes_max)
         except GatewayError as error:
             await self._refuse(error, scope, receive, send)

@@ -80,14 +80,15 @@ class Limits:
         """Close the files."""
         self._env.close()
 
-    def take(self, kind: str, subject: str, budget: Budget) -> Decision:
-        """One call of `subject` against its bucket of that kind."""
+    def take(self, kind: str, subject: str, budget: Budget, *, is_new: bool = True) -> Decision:
+        """One call of `subject` against its bucket of that kind. is_new: False for one that was granted before."""
         key = f"{kind}:{subject}".encode()[:500]
 
         def decide(transaction: lmdb.Transaction) -> Decision:
             raw = transaction.get(key, db=self._buckets)
-            tat_ns, decision = gcra(int.from_bytes(raw or b""), self._clock_ns(), budget)
-            if decision.is_granted:
+            before_ns = int.from_bytes(raw or b"") - (0 if is_new else budget.step_ns)
+            tat_ns, decision = gcra(before_ns, self._clock_ns(), budget)
+            if decision.is_granted and is_new:
                 transaction.put(key, tat_ns.to_bytes(8), db=self._buckets)
             return decision
 

@@ -23,6 +23,7 @@ from gateway.observability import metrics
 from gateway.pipeline import ANONYMOUS, Dialect, Operation, SocketOperation
 from gateway.resources import Principal
 from gateway.undelivered import Undelivered
+from previews.streams import REPORT
 
 if TYPE_CHECKING:
     from gateway.engine import Engine
@@ -112,17 +113,18 @@ class Phases:
         headers: list[tuple[str, str]] = []
         try:
             if isinstance(operation, SocketOperation) or operation.limited:
-                self._limit(principal, headers)
+                # What the plane reports belongs to a request that was counted.
+                self._limit(principal, headers, is_new=REPORT not in connection.headers)
             require_scope(principal, operation.scope)
         except GatewayError as error:
             raise RefusedError(error, headers) from error
         return principal, headers
 
-    def _limit(self, principal: Principal, headers: list[tuple[str, str]]) -> None:
+    def _limit(self, principal: Principal, headers: list[tuple[str, str]], *, is_new: bool) -> None:
         budget = self.terms.budget
         if budget is None:
             return
-        decision = self.limits.take("workspace", principal.workspace_id, budget)
+        decision = self.limits.take("workspace", principal.workspace_id, budget, is_new=is_new)
         headers += rate_headers(decision, now=time.time())
         if not decision.is_granted:
             metrics.RATE_LIMITED.inc()

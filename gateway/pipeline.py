@@ -24,13 +24,25 @@ from gateway.resources import Principal
 if TYPE_CHECKING:
     from gateway.engine import Engine
 
-__all__ = ["ANONYMOUS", "REQUEST_ID", "Call", "Credentials", "Dialect", "Operation", "SocketCall", "SocketOperation"]
+__all__ = [
+    "ANONYMOUS",
+    "BODY_BYTES_MAX",
+    "REQUEST_ID",
+    "Call",
+    "Credentials",
+    "Dialect",
+    "Operation",
+    "SocketCall",
+    "SocketOperation",
+]
 
 #: Who calls a public operation: nobody of any workspace, with no right to anything.
 ANONYMOUS = Principal(workspace_id="", key_id=None, scopes=frozenset({"none"}))
 
 #: Key of the ASGI scope under which gateway/entry.py leaves the request's id.
 REQUEST_ID = "sandgate.request_id"
+#: The same for the bytes that the request's body may have.
+BODY_BYTES_MAX = "sandgate.body_bytes_max"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""What an answer of the API says to have the plane take the client's connection over (docs/protocol.md, "Streams").
+"""What API and plane say to each other to have the plane move a client's bytes (docs/protocol.md, "Streams").
 
-The order stands in a header that the plane takes off and that nobody outside can send. Not for what flows then.
+All of it stands in headers that the plane takes off and that nobody outside can send. Not for what flows then.
 """
 
 from __future__ import annotations
@@ -14,6 +14,15 @@ from typing import Any
 HEADER = "x-sandgate-stream"
 #: The header's value for a process's output; the body says which and in which words (docs/protocol.md).
 OUTPUT_ORDER = '{"kind":"output"}'
+#: The same for a file that the client is to get, and for the request's body that is to become a file.
+FILE_ORDER = '{"kind":"file"}'
+UPLOAD_ORDER = '{"kind":"upload"}'
+
+#: On a request whose body comes only when the API reads it: the plane can be ordered to receive it instead.
+BODY = "x-sandgate-body"
+HELD = "held"
+#: On the request that follows an order: what came of it. Its answer is the client's.
+REPORT = "x-sandgate-report"
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,8 +166,11 @@ class Agent:
 
         deadline: of opening it, and of every recovery after a break; it does not limit how long reading takes.
         """
-        op = {"op": "read", "path": path} | self._address
-        return await FileReader(self._links, op, offset, length).open(deadline)
+        return await FileReader(self._links, self.read_op(path), offset, length).open(deadline)
+
+    def read_op(self, path: str) -> dict[str, Any]:
+        """What reads a whole file on a connection to hostd, for somebody else to send."""
+        return {"op": "read", "path": path} | self._address
 
     async def read_bytes(self, path: str, *, size_max: int, deadline: float | None = None) -> bytes:
         """A whole file. Raises AgentError `too_large` when it has more than `size_max` bytes."""
@@ -194,8 +197,7 @@ class Agent:
 
         deadline: None gives each step of a stream, rather than the whole, the default time.
         """
-        op: dict[str, Any] = {"op": "write", "path": path, "parents": parents, "append": append} | self._address
-        op |= _given(mode=mode, user=user)
+        op = self.write_op(path, mode=mode, parents=parents, append=append, user=user)
         if not isinstance(content, bytes):
             return await write_once(self._links, op, content, deadline)
         patience = Patience(limit_of(deadline))
@@ -206,6 +208,13 @@ class Agent:
                 if append:
                     raise
                 await patience.after(error)
+
+    def write_op(
+        self, path: str, *, mode: int | None = None, parents: bool = True, append: bool = False, user: str | None = None
+    ) -> dict[str, Any]:
+        """What writes a file on a connection to hostd, for somebody else to send."""
+        op: dict[str, Any] = {"op": "write", "path": path, "parents": parents, "append": append}
+        return op | self._address | _given(mode=mode, user=user)
 
     async def stat(self, path: str, *, deadline: float | None = None) -> Entry:
         """One entry; a link is not followed."""

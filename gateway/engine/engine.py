@@ -102,6 +102,8 @@ class Engine:
         self.write_file = files.write_file
         self.write_files = files.write_files
         self.read_file = files.read_file
+        self.send_file = files.send_file
+        self.receive_file = files.receive_file
         self.stat_path = files.stat_path
         self.list_directory = files.list_directory
         self.get_tree = files.get_tree

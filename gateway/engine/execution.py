@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gateway.commands import (
     Exec,
@@ -19,7 +20,7 @@ from gateway.commands import (
     WriteStdin,
 )
 from gateway.engine.context import Context
-from gateway.engine.output import OutputRequest, exec_result, last_lines, output_chunk, process
+from gateway.engine.output import exec_result, last_lines, output_chunk, process
 from gateway.engine.translate import vmm_errors
 from gateway.errors import invalid
 from gateway.resources import ExecResult, OutputChunk, Principal, Process
@@ -61,15 +62,15 @@ class ExecutionService:
             )
         return exec_result(completed)
 
-    async def stream_exec(self, principal: Principal, command: StreamExec) -> OutputRequest:
-        """What the plane is to run; whoever leaves its output early takes the process along.
+    async def stream_exec(self, principal: Principal, command: StreamExec) -> Mapping[str, Any]:
+        """What the plane is to ask hostd for; whoever leaves its output early takes the process along.
 
         Raises GatewayError: sandbox_not_found, sandbox_not_running, validation_failed.
         """
         self._check_timeout(command.timeout_s)
         agent = await self._context.agent(principal, command.sandbox_id)
         spec = _command(command, timeout_s=command.timeout_s)
-        return OutputRequest(agent.exec_op(command.effect_id, spec), kills=True)
+        return {**agent.exec_op(command.effect_id, spec), "ends_with_client": True}
 
     async def start_process(self, principal: Principal, command: StartProcess) -> Process:
         """Start a background process. Raises as `exec`."""
@@ -125,10 +126,10 @@ class ExecutionService:
                 chunks = [output_chunk(chunk) async for chunk in execution]
         return tuple(chunks if command.tail_lines is None else last_lines(chunks, command.tail_lines))
 
-    async def stream_process_output(self, principal: Principal, command: StreamProcessOutput) -> OutputRequest:
-        """What the plane is to follow: what is kept, then what comes. Leaving it leaves the process alone."""
+    async def stream_process_output(self, principal: Principal, command: StreamProcessOutput) -> Mapping[str, Any]:
+        """What the plane is to ask hostd for: what is kept, then what comes. Leaving it leaves the process alone."""
         agent = await self._context.agent(principal, command.sandbox_id)
-        return OutputRequest(agent.attach_op(pid=command.pid), kills=False)
+        return agent.attach_op(pid=command.pid)
 
     def _check_timeout(self, timeout_s: float) -> None:
         most = self._context.settings.exec_timeout_max_s

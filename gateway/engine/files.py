@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 from gateway.commands import (
     ChangeMode,
@@ -14,8 +14,10 @@ from gateway.commands import (
     ListDirectory,
     MakeDirectory,
     ReadFile,
+    ReceiveFile,
     RemovePath,
     RenamePath,
+    SendFile,
     StatPath,
     WatchPath,
     WriteFile,
@@ -81,6 +83,17 @@ class FileService:
         name = path.rpartition("/")[2]
         entry = FileEntry(name, path, "file", info.size, info.mode, info.modified_at)
         return entry, FileContent(reader)
+
+    async def send_file(self, principal: Principal, command: SendFile) -> Mapping[str, Any]:
+        """What the plane is to ask hostd for."""
+        path = readable(command.path)
+        return (await self._context.agent(principal, command.sandbox_id)).read_op(path)
+
+    async def receive_file(self, principal: Principal, command: ReceiveFile) -> Mapping[str, Any]:
+        """The same for a file to be written."""
+        path = writable(command.path)
+        agent = await self._context.agent(principal, command.sandbox_id, roots=WRITE_ROOTS)
+        return agent.write_op(path, mode=command.mode)
 
     async def stat_path(self, principal: Principal, command: StatPath) -> FileEntry:
         """One entry; a link is not followed."""

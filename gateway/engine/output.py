@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 from gateway.resources import ExecResult, OutputChunk, Process, ProcessExit
 from vmm import guest
 from vmm.stream import PTY, STDERR, STDOUT, Chunk
 
 _STREAMS: dict[int, Literal["stdout", "stderr", "pty"]] = {STDOUT: "stdout", STDERR: "stderr", PTY: "pty"}
-
-
-@dataclass(frozen=True, slots=True)
-class OutputRequest:
-    """A process whose output the plane passes on.
-
-    op: what it sends to hostd (docs/protocol.md, "Frames").  kills: whether a caller who leaves takes it along.
-    """
-
-    op: Mapping[str, Any]
-    kills: bool
 
 
 def output_chunk(chunk: Chunk) -> OutputChunk:

@@ -23,6 +23,7 @@ from miosa import errors
 VERSION = tuple(int(part) for part in importlib.metadata.version("miosa").split("."))
 
 BINARY = bytes(range(256)) * 17
+LARGE = BINARY * 2000
 PACKAGE_JSON = b'{\n  "name": "caf\xc3\xa9",\n  "content": "YWJj",\n  "data": {"content": "YWJj"}\n}\n'
 
 
@@ -96,6 +97,8 @@ class Scenario:
         assert files.read("/workspace/binary") == BINARY
         files.write("/workspace/package.json", PACKAGE_JSON)
         assert files.read("/workspace/package.json") == PACKAGE_JSON
+        files.write("/workspace/large", LARGE)
+        assert files.read("/workspace/large") == LARGE
         files.write("/workspace/empty", b"")
         assert files.read("/workspace/empty") == b""
         files.write("/workspace/a b#.txt", "odd")

@@ -257,6 +257,43 @@ async def test_output_goes_on_after_hostd_and_the_api_were_killed(
     assert (frame["type"], frame.get("exit_code")) == ("exit", 0)
 
 
+async def test_a_download_goes_on_after_hostd_was_killed(
+    server: ServerProcess, api: httpx.AsyncClient, sandbox: str
+) -> None:
+    numbers = "".join(f"{number}\n" for number in range(1, 3_000_001)).encode()
+    await run(api, sandbox, "seq 1 3000000 > /workspace/numbers")
+    found = bytearray()
+    async with (
+        asyncio.timeout(60),
+        api.stream("GET", f"{sandbox}/fs/download", params={"path": "/workspace/numbers"}) as response,
+    ):
+        async for part in response.aiter_raw():
+            if not found:
+                kill(server, "api")
+                kill(server, "hostd")
+            found += part
+    await now(api)
+    assert bytes(found) == numbers
+
+
+async def test_a_streamed_command_ends_with_the_plane(
+    server: ServerProcess, api: httpx.AsyncClient, sandbox: str
+) -> None:
+    command = "trap '' TERM HUP; echo on; sleep 986"
+    with contextlib.suppress(httpx.TransportError):
+        async with api.stream("POST", f"{sandbox}/exec/stream", json={"command": command}) as response:
+            async for frame in frames(response):
+                assert frame["line"] == "on\n"
+                kill(server, "plane")
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                listed = (await api.get(f"{sandbox}/processes")).json()["data"]
+                if not any(item["state"] == "running" for item in listed if "986" in item["command"]):
+                    return
+            await asyncio.sleep(0.05)
+
+
 async def test_who_leaves_takes_the_command_along(server: ServerProcess, api: httpx.AsyncClient, sandbox: str) -> None:
     async def is_running() -> bool:
         listed = await api.get(f"{sandbox}/processes")

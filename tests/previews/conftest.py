@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -11,6 +12,7 @@ import pytest
 
 from previews.plane import PlaneClient
 from tests.previews.harness import Plane, Upstream, describe, unix_upstream
+from tests.previews.scripted import Hostd
 from tests.support.certificates import Authority
 
 StartPlane = Callable[..., Awaitable[Plane]]
@@ -55,3 +57,15 @@ async def api(run_dir: Path) -> AsyncIterator[Upstream]:
 def authority(tmp_path: Path) -> Authority:
     """An authority whose directory is still empty."""
     return Authority(tmp_path / "tls")
+
+
+@pytest.fixture
+async def hostd(run_dir: Path) -> AsyncIterator[Hostd]:
+    hostd = Hostd()
+    server = await asyncio.start_unix_server(hostd.accept, run_dir / "hostd.sock")
+    yield hostd
+    server.close()
+    for writer in hostd.writers:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()

@@ -18,6 +18,7 @@ from typing import Any
 from native import plane_path
 from previews.plane import PlaneClient
 from previews.routes import PortRoute, SandboxRoute
+from previews.streams import BODY, HELD
 
 #: Bounds every wait; nothing here takes that long unless it fails.
 PATIENCE_S = 60.0
@@ -122,9 +123,13 @@ async def describe(exchange: Exchange) -> None:
 
 @dataclass
 class Upstream:
-    """An HTTP server that does what `handler` says for each request; keeps connections until told otherwise."""
+    """An HTTP server that does what `handler` says for each request; keeps connections until told otherwise.
+
+    asks_for_bodies: asks at once for one that the plane holds back; else that is up to the handler.
+    """
 
     handler: Handler
+    asks_for_bodies: bool = True
     requests: list[Head] = field(default_factory=list)
     connections: int = 0
     open_connections: set[StreamWriter] = field(default_factory=set)
@@ -139,6 +144,8 @@ class Upstream:
             while True:
                 head = await read_head(reader)
                 self.requests.append(head)
+                if self.asks_for_bodies and head.get(BODY) == HELD:
+                    writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 await self.handler(Exchange(head, reader, writer, connection))
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
@@ -165,9 +172,9 @@ async def tcp_upstream(handler: Handler) -> AsyncIterator[Upstream]:
 
 
 @contextlib.asynccontextmanager
-async def unix_upstream(handler: Handler, path: Path) -> AsyncIterator[Upstream]:
+async def unix_upstream(handler: Handler, path: Path, *, asks_for_bodies: bool = True) -> AsyncIterator[Upstream]:
     """The API on a Unix socket."""
-    upstream = Upstream(handler)
+    upstream = Upstream(handler, asks_for_bodies)
     server = await asyncio.start_unix_server(upstream.serve, path, limit=2**20)
     async with _stopped(server, upstream):
         yield upstream

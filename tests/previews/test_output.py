@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from asyncio import StreamReader, StreamWriter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ from previews.streams import HEADER, OUTPUT_ORDER
 from tests.previews.conftest import StartPlane
 from tests.previews.harness import PATIENCE_S, Client, Exchange, Plane, unix_upstream
 from tests.previews.http2 import http2_client, pseudo
+from tests.previews.scripted import STREAM, Hostd
 from tests.support.certificates import Authority
 
-STREAM = 1
-OP = {"op": "exec", "id": "e1", "to": "m1", "shell": "true"}
+OP = {"op": "exec", "id": "e1", "to": "m1", "shell": "true", "ends_with_client": True}
 ORDER: dict[str, Any] = {
     "op": OP,
-    "kills": True,
     "opening": "open\n",
     "heartbeat": "beat\n",
     "stdout": ["out:", "\n"],
@@ -39,90 +37,6 @@ ORDER: dict[str, Any] = {
     },
 }
 EXIT = {"type": "exit", "exit_code": 143, "signal": "SIGTERM", "reason": "signaled", "duration_ms": 12}
-
-Frame = tuple[int, int, int, int, bytes]
-
-
-class Link:
-    """One connection of the plane to hostd."""
-
-    def __init__(self, reader: StreamReader, writer: StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
-        self._decoder = frames.FrameDecoder()
-        self._frames: list[Frame] = []
-
-    async def next(self) -> Frame:
-        async with asyncio.timeout(PATIENCE_S):
-            while not self._frames:
-                data = await self._reader.read(65536)
-                if not data:
-                    raise EOFError
-                self._frames += self._decoder.feed(data)
-        return self._frames.pop(0)
-
-    async def rest(self) -> list[tuple[int, bytes]]:
-        """Kinds and payloads of what comes until the plane leaves."""
-        found = []
-        with contextlib.suppress(EOFError):
-            while True:
-                kind, _, _, _, payload = await self.next()
-                found.append((kind, payload))
-        return found
-
-    async def op(self) -> dict[str, Any]:
-        """The operation that is asked for, after the greeting."""
-        kind, _, stream, _, payload = await self.next()
-        assert (kind, stream) == (frames.HELLO, 0)
-        assert json.loads(payload) == {"version": 1, "role": "api"}
-        self.send(frames.encode(frames.HELLO, 0, 0, b'{"version":1,"role":"hostd"}'))
-        kind, _, stream, _, payload = await self.next()
-        assert (kind, stream) == (frames.OPEN, STREAM)
-        found = json.loads(payload)
-        assert isinstance(found, dict)
-        return found
-
-    def send(self, data: bytes) -> None:
-        self._writer.write(data)
-
-    def tell(self, kind: int, message: dict[str, Any]) -> None:
-        self.send(frames.encode(kind, 0, STREAM, json.dumps(message).encode()))
-
-    def reply(self) -> None:
-        self.tell(frames.REPLY, {"id": "e1", "pid": 7})
-
-    def data(self, text: bytes, offset: int = 0, channel: int = 1) -> None:
-        self.send(frames.encode_data(channel, STREAM, offset, text))
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class Hostd:
-    """Hands out the plane's connections as they come."""
-
-    def __init__(self) -> None:
-        self._links: asyncio.Queue[Link] = asyncio.Queue()
-        self.writers: list[StreamWriter] = []
-
-    async def accept(self, reader: StreamReader, writer: StreamWriter) -> None:
-        self.writers.append(writer)
-        self._links.put_nowait(Link(reader, writer))
-
-    async def link(self) -> Link:
-        async with asyncio.timeout(PATIENCE_S):
-            return await self._links.get()
-
-
-@pytest.fixture
-async def hostd(run_dir: Path) -> AsyncIterator[Hostd]:
-    hostd = Hostd()
-    server = await asyncio.start_unix_server(hostd.accept, run_dir / "hostd.sock")
-    yield hostd
-    server.close()
-    for writer in hostd.writers:
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
 
 
 class Api:
@@ -219,7 +133,8 @@ async def test_a_broken_link_is_made_again_where_it_was(plane: Plane, hostd: Hos
         link.close()
         for _ in range(2):
             link = await hostd.link()
-            expected = {"op": "attach", "id": "e1", "to": "m1", "offsets": {"1": 5, "2": 0, "3": 0}}
+            offsets = {"1": 5, "2": 0, "3": 0}
+            expected = {"op": "attach", "id": "e1", "to": "m1", "offsets": offsets, "ends_with_client": True}
             assert await link.op() == expected
             link.tell(frames.ERROR, {"code": "agent_unreachable", "message": "x"})
         link = await hostd.link()
@@ -256,10 +171,8 @@ async def test_trouble_half_way_is_the_last_event(plane: Plane, hostd: Hostd) ->
         assert (await client.response()).body == b"open\nout:one\\n\nerror:off,It is off (expired).\n"
 
 
-@pytest.mark.parametrize("kills", [True, False])
-async def test_a_client_that_leaves(plane: Plane, hostd: Hostd, api: Api, kills: bool) -> None:
-    api.order["kills"] = kills
-    last = [(frames.CONTROL, b'{"type":"signal","signal":"SIGKILL"}')] if kills else []
+@pytest.mark.usefixtures("api")
+async def test_a_client_that_leaves_closes_the_link(plane: Plane, hostd: Hostd) -> None:
     for has_begun in (True, False):
         async with plane.client() as client:
             await ask(client)
@@ -269,7 +182,7 @@ async def test_a_client_that_leaves(plane: Plane, hostd: Hostd, api: Api, kills:
                 link.reply()
                 link.data(b"one\n")
                 await until(client, b"out:one")
-        assert await link.rest() == [*last, (frames.CLOSE, b"")]
+        assert await link.rest() == []
 
 
 async def test_pauses(start_plane: StartPlane, hostd: Hostd, api: Api) -> None:
@@ -284,7 +197,6 @@ async def test_pauses(start_plane: StartPlane, hostd: Hostd, api: Api) -> None:
         await until(client, b"beat\n")
         link.data(b"\xa9\n", 6, channel=3)
         await until(client, "out:é\\n\n".encode())
-    assert api.order["kills"]
 
 
 @pytest.mark.usefixtures("api")

@@ -73,7 +73,7 @@ async def test_hop_by_hop_fields_stop_here(plane: Plane, api: Upstream) -> None:
             json.dumps(exchange.head.fields).encode(),
             "200 OK",
             *("Connection: x-hop", "X-Hop: 1", "Keep-Alive: timeout=5", "Proxy-Authenticate: x", "X-Kept: 1"),
-            "X-Sandgate-Stream: secret",
+            "X-Sandgate-Other: secret",
         )
 
     api.handler = answer

@@ -36,6 +36,8 @@ class _Connection:
     def __init__(self, app: ASGIApp, reader: StreamReader, writer: StreamWriter) -> None:
         self._app, self._reader, self._writer = app, reader, writer
         self._left = 0
+        self._is_chunked_body = False
+        self._is_awaited = False
         self._is_over = False
 
     async def run(self) -> None:
@@ -52,7 +54,10 @@ class _Connection:
         method, target, _ = line.split(b" ")
         path, _, query = target.partition(b"?")
         headers = [(name.lower(), value.strip()) for name, _, value in (row.partition(b":") for row in rows)]
-        self._left = int(dict(headers).get(b"content-length", 0))
+        fields = dict(headers)
+        self._left = int(fields.get(b"content-length", 0))
+        self._is_chunked_body = b"transfer-encoding" in fields
+        self._is_awaited = b"expect" in fields
         return {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -69,13 +74,27 @@ class _Connection:
         }
 
     async def _receive(self) -> dict[str, Any]:
-        if self._left or not self._is_over:
-            body = await self._reader.readexactly(min(self._left, 65536))
-            self._left -= len(body)
-            self._is_over = not self._left
-            return {"type": "http.request", "body": body, "more_body": bool(self._left)}
-        await self._reader.read()
-        return {"type": "http.disconnect"}
+        if self._is_over:
+            await self._reader.read()
+            return {"type": "http.disconnect"}
+        if self._is_awaited:
+            self._is_awaited = False
+            self._writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = await (self._read_chunk() if self._is_chunked_body else self._read_part())
+        return {"type": "http.request", "body": body, "more_body": not self._is_over}
+
+    async def _read_part(self) -> bytes:
+        body = await self._reader.readexactly(min(self._left, 65536))
+        self._left -= len(body)
+        self._is_over = not self._left
+        return body
+
+    async def _read_chunk(self) -> bytes:
+        size = int(await self._reader.readuntil(b"\r\n"), 16)
+        body = await self._reader.readexactly(size)
+        await self._reader.readexactly(2)
+        self._is_over = not size
+        return body
 
     async def _send(self, message: Message) -> None:
         if message["type"] == "http.response.start":

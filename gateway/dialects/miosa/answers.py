@@ -11,8 +11,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol, TypedDict, TypeVar
 
 import orjson
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from gateway.resources import Page
 
@@ -56,24 +55,6 @@ def many(page: Page[Any]) -> Response:
 def whole(items: list[Any]) -> Page[Any]:
     """A short list that is never cut, as its only page."""
     return Page(tuple(items), page=1, page_size=max(len(items), 1), total=len(items))
-
-
-class ClosingStream(StreamingResponse):
-    """A stream that closes its source at the end.
-
-    A generator that was never started, because the client had left already, would run no `finally`.
-    """
-
-    def __init__(self, body: AsyncIterator[bytes], source: Source[Any] | None, status: int = 200, **rest: Any) -> None:
-        super().__init__(body, status, **rest)
-        self._source = source
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            if self._source is not None:
-                await self._source.aclose()
 
 
 def iso(moment: float | None) -> str | None:

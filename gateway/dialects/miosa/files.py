@@ -16,9 +16,10 @@ from starlette.responses import Response
 
 from gateway import commands, resources
 from gateway.dialects.miosa import clients, decode, errors, sse, transfer
-from gateway.dialects.miosa.answers import Source, iso_time
+from gateway.dialects.miosa.answers import iso_time
 from gateway.dialects.miosa.decode import first
 from gateway.dialects.miosa.route import BYTES, EVENT_STREAM, Route, one
+from gateway.engine.reports import reply_of, written_file
 from gateway.errors import GatewayError, invalid
 from gateway.pipeline import Call
 
@@ -227,8 +228,8 @@ def tree(item: resources.FileTree) -> Tree:
     )
 
 
-def _written(item: resources.FileEntry) -> FileWritten:
-    return FileWritten(path=item.path, size=item.size, size_bytes=item.size, success=True)
+def _written(path: str, size: int) -> FileWritten:
+    return FileWritten(path=path, size=size, size_bytes=size, success=True)
 
 
 def _done(path: str) -> Done:
@@ -266,7 +267,8 @@ def _is_base64(call: Call, file: WriteFileRequest) -> bool:
 async def write(call: Call, body: WriteFileRequest) -> FileWritten:
     """Write a file of at most 10 MiB, replacing it at once and whole."""
     command = commands.WriteFile(decode.sandbox_id(call), body.path, content(call, body), mode_bits(body.mode))
-    return _written(await call.engine.write_file(call.principal, command))
+    written = await call.engine.write_file(call.principal, command)
+    return _written(written.path, written.size)
 
 
 async def write_many(call: Call, body: WriteFilesRequest) -> FilesWritten:
@@ -283,15 +285,22 @@ async def write_many(call: Call, body: WriteFilesRequest) -> FilesWritten:
     return FilesWritten(written=written, failed=failed, success=not failed)
 
 
-async def upload(call: Call, query: UploadQuery) -> FileWritten:
+async def upload(call: Call, query: UploadQuery) -> FileWritten | Response:
     """Write a file of any size.
 
     The body is the file's bytes, or a multipart form with a file part and perhaps a `path` field ahead of it. It is
     passed on as it arrives; the file appears whole or not at all.
     """
-    path, chunks = await transfer.incoming(call.request, query.path)
-    command = commands.WriteFile(decode.sandbox_id(call), path, chunks, mode_bits(query.mode))
-    return _written(await call.engine.write_file(call.principal, command))
+    request, sandbox_id, mode = call.request, decode.sandbox_id(call), mode_bits(query.mode)
+    if (report := transfer.report_of(request)) is not None:
+        received = written_file(report)
+        return _written(received.path, received.size)
+    if query.path is not None and transfer.can_be_ordered(request):
+        command = commands.ReceiveFile(sandbox_id, query.path, mode)
+        return transfer.receiving(await call.engine.receive_file(call.principal, command), request)
+    path, chunks = await transfer.incoming(request, query.path)
+    written = await call.engine.write_file(call.principal, commands.WriteFile(sandbox_id, path, chunks, mode))
+    return _written(written.path, written.size)
 
 
 async def download(call: Call, query: FileQuery) -> Response:
@@ -309,15 +318,14 @@ async def download_by_path(call: Call) -> Response:
 
 async def _send(call: Call, path: str) -> Response:
     sandbox_id = decode.sandbox_id(call)
-    wanted = transfer.requested_range(call.request)
-
-    async def open_part(offset: int, length: int | None) -> tuple[resources.FileEntry, Source[bytes]]:
-        found: tuple[resources.FileEntry, Source[bytes]] = await call.engine.read_file(
-            call.principal, commands.ReadFile(sandbox_id, path, offset, length)
-        )
-        return found
-
-    return await transfer.outgoing(wanted, open_part)
+    if (report := transfer.report_of(call.request)) is not None:
+        reply_of(report)  # which raises: of a file that is sent only what went wrong is told
+    if call.request.method == "HEAD":
+        entry, chunks = await call.engine.read_file(call.principal, commands.ReadFile(sandbox_id, path, length=0))
+        await chunks.aclose()
+        return transfer.described(entry)
+    op = await call.engine.send_file(call.principal, commands.SendFile(sandbox_id, path))
+    return transfer.sending(op, transfer.requested_range(call.request))
 
 
 async def read_or_list(call: Call, query: DirectoryQuery) -> FileContent | Directory:

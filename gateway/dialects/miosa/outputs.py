@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -16,7 +16,6 @@ import orjson
 from starlette.responses import Response, StreamingResponse
 
 from gateway.dialects.miosa import errors, sse
-from gateway.engine.output import OutputRequest
 from gateway.engine.translate import spellings
 from gateway.pipeline import Call
 from gateway.resources import OutputChunk
@@ -26,12 +25,11 @@ from previews.streams import HEADER, OUTPUT_ORDER
 _PARTIAL_LINE_S = 0.05
 
 
-def ordered(call: Call, request: OutputRequest) -> Response:
-    """Have the plane run or follow a process and pass its output on."""
+def ordered(call: Call, op: Mapping[str, Any]) -> Response:
+    """Have the plane run or follow a process and pass its output on. op: what it asks hostd for."""
     said = {"code": "$code", "message": "$message", "request_id": call.request_id}
     order = {
-        "op": request.op,
-        "kills": request.kills,
+        "op": op,
         "error": sse.frame("error", said).decode(),
         "refusal": orjson.dumps({"error": said, **said}).decode(),
         **_words(),

@@ -1,28 +1,36 @@
-"""File bytes on their way in (raw or multipart) and out (whole or a range), passed on as they come."""
+"""File bytes on their way in (raw or multipart) and out (whole or a range).
+
+The plane moves them, told here what to do; forms and small bodies are read here and passed on as they come.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
+import orjson
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway.dialects.miosa.answers import ClosingStream, Source, iso_time
+from gateway.dialects.miosa.answers import iso_time
 from gateway.errors import GatewayError, invalid
+from gateway.pipeline import BODY_BYTES_MAX
 from gateway.resources import FileEntry
+from previews.streams import BODY, FILE_ORDER, HEADER, HELD, REPORT, UPLOAD_ORDER
 
 _MEDIA_TYPE = "application/octet-stream"
 _PATH_BYTES_MAX = 4096
 _RANGE = re.compile(r"^bytes=(?P<first>\d{0,18})-(?P<last>\d{0,18})$")
 
+#: What an answer says of the file as it is when it is opened.
+_OF_FILE = {"x-file-mode": "$mode", "x-file-modified-at": "$modified_at"}
+
 Chunks = AsyncIterator[bytes]
-#: Opens `length` bytes (None: to the end) from `offset` of the file that is asked for.
-OpenPart = Callable[[int, int | None], Awaitable[tuple[FileEntry, Source[bytes]]]]
 
 
 async def incoming(request: Request, path: str | None) -> tuple[str, Chunks]:
@@ -161,33 +169,42 @@ def requested_range(request: Request) -> ByteRange | None:
     return ByteRange(first, last)
 
 
-async def outgoing(wanted: ByteRange | None, open_part: OpenPart) -> Response:
-    """A file's bytes, or the part that was asked for."""
-    if wanted is None:
-        entry, chunks = await open_part(0, None)
-        return _stream(entry, chunks, 200, entry.size)
-    if wanted.first is None:
-        entry, chunks = await open_part(0, 0)
-        await chunks.aclose()
-        offset, length = max(0, entry.size - (wanted.last or 0)), wanted.last
-    else:
-        offset, length = wanted.first, None if wanted.last is None else wanted.last - wanted.first + 1
-    entry, chunks = await open_part(offset, length)
-    if offset >= entry.size:
-        await chunks.aclose()
-        return Response(status_code=416, headers={"content-range": f"bytes */{entry.size}"})
-    size = entry.size - offset if length is None else min(length, entry.size - offset)
-    response = _stream(entry, chunks, 206, size)
-    response.headers["content-range"] = f"bytes {offset}-{offset + size - 1}/{entry.size}"
-    return response
+def report_of(request: Request) -> str | None:
+    """What came of an order, on the request by which the plane tells it."""
+    return request.headers.get(REPORT)
 
 
-def _stream(entry: FileEntry, chunks: Source[bytes], status: int, size: int) -> Response:
-    headers = {
-        "content-length": str(size),
-        "accept-ranges": "bytes",
-        "content-disposition": f"attachment; filename*=UTF-8''{quote(entry.name, safe='')}",
-        "x-file-mode": f"{entry.mode:04o}",
-        "x-file-modified-at": iso_time(entry.modified_at),
-    }
-    return ClosingStream(chunks, chunks, status, headers=headers, media_type=_MEDIA_TYPE)
+def can_be_ordered(request: Request) -> bool:
+    """Whether the plane can be ordered to receive the body: it waits, and is the file's bytes and nothing else."""
+    media_type, _ = parse_options_header(request.headers.get("content-type"))
+    return request.headers.get(BODY) == HELD and media_type != b"multipart/form-data"
+
+
+def receiving(op: Mapping[str, Any], request: Request) -> Response:
+    """Have the plane receive the body. The status is for the log; the plane asks again for the client's answer."""
+    return _ordered(UPLOAD_ORDER, {"op": op, "bytes_max": request.scope[BODY_BYTES_MAX]}, {}, 202)
+
+
+def sending(op: Mapping[str, Any], wanted: ByteRange | None) -> Response:
+    """Have the plane send a file's bytes, or the part that was asked for."""
+    name = op["path"].rpartition("/")[2]
+    fields = "".join(f"{key}: {value}\r\n" for key, value in _OF_FILE.items())
+    span = None if wanted is None else (wanted.first, wanted.last)
+    return _ordered(FILE_ORDER, {"op": op, "span": span, "fields": fields}, _headers(name))
+
+
+def described(entry: FileEntry) -> Response:
+    """The answer to HEAD: the head of the whole file's."""
+    known = {"$mode": f"{entry.mode:04o}", "$modified_at": iso_time(entry.modified_at)}
+    headers = {key: known[value] for key, value in _OF_FILE.items()}
+    length = {"content-length": str(entry.size)}
+    return Response(headers={**_headers(entry.name), **headers, **length}, media_type=_MEDIA_TYPE)
+
+
+def _headers(name: str) -> dict[str, str]:
+    return {"accept-ranges": "bytes", "content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}"}
+
+
+def _ordered(kind: str, order: Mapping[str, Any], headers: Mapping[str, str], status: int = 200) -> Response:
+    # Whole, not as a stream: Starlette would watch for the caller's leaving, and so ask for the body that is held.
+    return Response(orjson.dumps(order), status, {**headers, HEADER: kind}, media_type=_MEDIA_TYPE)

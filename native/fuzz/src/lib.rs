@@ -14,7 +14,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 12] = [
     Target { name: "request", check: targets::request, seeds: seeds::REQUESTS },
     Target { name: "response", check: targets::response, seeds: seeds::RESPONSES },
     Target { name: "body", check: targets::body, seeds: seeds::BODIES },
@@ -23,6 +23,7 @@ pub const TARGETS: [Target; 11] = [
     Target { name: "frame", check: targets::frame, seeds: seeds::FRAMES },
     Target { name: "streams", check: targets::streams, seeds: seeds::STREAMS },
     Target { name: "output", check: targets::output, seeds: seeds::OUTPUTS },
+    Target { name: "file", check: targets::file, seeds: seeds::FILES },
     Target { name: "http2", check: targets::http2, seeds: seeds::REQUESTS },
     Target { name: "index", check: targets::index, seeds: seeds::INDEXES },
     Target { name: "image", check: targets::image, seeds: seeds::IMAGES },

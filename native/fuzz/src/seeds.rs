@@ -69,7 +69,17 @@ pub const STREAMS: &[&[u8]] = &[
 pub const OUTPUTS: &[&[u8]] = &[
     b"\x03one\ntw\xc3\xa9\r\n\xe2\x82\xac\xff\x1b[0m\"\\\0",
     b"\x00\xf0\x9f\x8e\x89\xed\xa0\x80\n\n\xe2\x82",
-    br#"{"op":{"op":"attach","pid":7,"to":"x"},"kills":false,"opening":"","heartbeat":"","stdout":["a","b"],"stderr":["a","b"],"exit":"$exit_code","error":"$code","refusal":"$message","errors":{"internal":{"status":500,"code":"x","message":null}}}"#,
+    br#"{"op":{"op":"attach","pid":7,"to":"x"},"opening":"","heartbeat":"","stdout":["a","b"],"stderr":["a","b"],"exit":"$exit_code","error":"$code","refusal":"$message","errors":{"internal":{"status":500,"code":"x","message":null}}}"#,
+];
+
+/// Orders for files, parts of them, and what went wrong with one.
+pub const FILES: &[&[u8]] = &[
+    br#"{"op":{"op":"read","path":"/a","to":"x"},"span":[2,4],"fields":"X-File-Mode: $mode\r\n"}"#,
+    br#"{"op":{"op":"write","path":"/a","to":"x","mode":420,"roots":["/tmp"]},"bytes_max":1048576}"#,
+    b"[null,18446744073709551615]",
+    br#"{"code":"not_found","message":"no \u00fc\ud83c\udf89\u007f\u0000","detail":"x"}"#,
+    b"\x02\0\0\0\0\0\0\0\xff\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0",
+    b"\0\0\0\0\0\0\0\0\0\0\xc0\x9b\x4e\xd9\xda\x41",
 ];
 
 /// Frames, each after a byte that says where they are cut.

@@ -15,7 +15,9 @@ use sandgate_plane::streams::event::Batch;
 use sandgate_plane::streams::lines::Lines;
 use sandgate_plane::streams::machine::Trouble;
 use sandgate_plane::streams::order::{self, Order};
+use sandgate_plane::streams::span::{Part, Span};
 use sandgate_plane::streams::wanted::Wanted;
+use sandgate_plane::streams::{file as files, report, time, upload};
 use sandgate_plane::table::Table;
 use sandgate_plane::trust;
 
@@ -207,6 +209,31 @@ pub fn output(input: &[u8]) {
     assert_eq!(written, String::from_utf8_lossy(bytes));
     let (last, others) = whole.split_last().map_or((None, &[][..]), |(last, others)| (Some(last), others));
     assert!(others.iter().all(|line| line.ends_with("\\n\"")) && last.is_none_or(|line| line.len() > 2));
+}
+
+/// A part of a file lies within it, a moment reads as one, and a report is one header line that says what was meant.
+pub fn file(input: &[u8]) {
+    let _ = serde_json::from_slice::<upload::Wanted>(input);
+    let _ = serde_json::from_slice::<files::Wanted>(input);
+    if let Ok(span) = serde_json::from_slice::<Span>(input) {
+        assert!(span.first.is_some() || span.last.is_some());
+    }
+    let number = |at: usize| input.get(at..at + 8).and_then(|bytes| bytes.try_into().ok()).map(u64::from_le_bytes);
+    if let (Some(offset), Some(size)) = (number(0), number(8)) {
+        let length = number(16);
+        match Part::of(offset, length, size) {
+            Some(part) => assert!(part.offset == offset && part.length <= size - offset),
+            None => assert!(offset >= size),
+        }
+        let moment = time::iso(f64::from_bits(size));
+        assert!(moment.is_ascii() && moment.ends_with('Z') && !moment.contains('\n'));
+    }
+    let trouble = Trouble::of(input);
+    let line = report::failed(&trouble);
+    let text = line.strip_suffix("\r\n").and_then(|line| line.strip_prefix("X-Sandgate-Report: ")).expect("a line");
+    assert!(text.bytes().all(|byte| (b' '..=b'~').contains(&byte)));
+    let told: serde_json::Value = serde_json::from_str(text).expect("JSON");
+    assert_eq!(told["error"]["message"], trouble.message.as_str());
 }
 
 /// The lines of output that comes in pieces, as JSON strings.

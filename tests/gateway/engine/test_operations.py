@@ -27,8 +27,10 @@ from gateway.commands import (
     MakeDirectory,
     OpenTerminal,
     ReadFile,
+    ReceiveFile,
     RemovePath,
     RenamePath,
+    SendFile,
     SetEnv,
     SignalProcess,
     StartProcess,
@@ -136,11 +138,22 @@ async def test_a_command_that_cannot_start_says_why(
 
 async def test_a_streamed_command_is_left_to_the_plane(real: Engine, principal: Principal, box: Sandbox) -> None:
     exec_id = new_id()
-    request = await real.stream_exec(principal, StreamExec(box.id, exec_id, shell="true"))
-    assert request.kills
-    assert {"op": "exec", "to": box.id, "id": exec_id, "shell": "true", "timeout_s": 30.0}.items() <= request.op.items()
-    request = await real.stream_process_output(principal, StreamProcessOutput(box.id, 7))
-    assert (request.kills, request.op) == (False, {"op": "attach", "pid": 7, "to": box.id})
+    op = await real.stream_exec(principal, StreamExec(box.id, exec_id, shell="true"))
+    assert {"op": "exec", "to": box.id, "id": exec_id, "shell": "true", "timeout_s": 30.0}.items() <= op.items()
+    assert op["ends_with_client"]
+    op = await real.stream_process_output(principal, StreamProcessOutput(box.id, 7))
+    assert op == {"op": "attach", "pid": 7, "to": box.id}
+
+
+async def test_files_are_left_to_the_plane(real: Engine, principal: Principal, box: Sandbox) -> None:
+    op = await real.send_file(principal, SendFile(box.id, "f"))
+    assert op == {"op": "read", "to": box.id, "path": "/workspace/f"}
+    op = await real.receive_file(principal, ReceiveFile(box.id, "/tmp/f", 0o600))
+    assert {"op": "write", "to": box.id, "path": "/tmp/f", "mode": 0o600, "append": False}.items() <= op.items()
+    assert "/workspace" in op["roots"]
+    assert await code_of(real.send_file(principal, SendFile(box.id, "/proc/1/mem"))) == "path_forbidden"
+    assert await code_of(real.receive_file(principal, ReceiveFile(box.id, "/etc/passwd"))) == "path_forbidden"
+    assert await code_of(real.send_file(principal, SendFile(new_id(), "f"))) == "sandbox_not_found"
     assert await code_of(real.stream_exec(principal, StreamExec(box.id, new_id(), argv=["a"], shell="a"))) == (
         "validation_failed"
     )

@@ -329,7 +329,7 @@ impl<C: Transport> Session<'_, C> {
             self.note_sandbox(sandbox);
         }
         self.watch.admission.replace(forward.admission.take());
-        let outcome = exchange(self.worker, self.watch, &self.client, inbox, &forward).await;
+        let outcome = exchange(self.worker, self.watch, &self.client, inbox, &mut forward).await;
         if let Some(sandbox) = &forward.sandbox {
             sandbox.live.seconds.observe(self.took_us().0);
         }

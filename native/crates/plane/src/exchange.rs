@@ -6,8 +6,12 @@
 //! ```
 //!
 //! Both run at once in one task. The exchange ends with the download; what of the upload is left then is not sent.
+//!
+//! A large body for the API is held back until the API asks for it: it may order the plane to receive it ([`receive`]).
+//! What came of that, or of a file that cannot be read, is reported by a second request, whose answer is the client's.
 
 mod ordered;
+mod receive;
 
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
@@ -17,6 +21,7 @@ use std::task::Poll;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpSocket, UnixStream};
+use tokio::sync::Notify;
 
 use crate::buf::{HeadBuf, Inbox};
 use crate::compose::{self, Reply};
@@ -26,10 +31,11 @@ use crate::http::response::{self, Response};
 use crate::http::{Framing, find_end};
 use crate::net::{Shared, Socket, write_both};
 use crate::pace::Pace;
-use crate::prepare::Forward;
+use crate::prepare::{Forward, Sending};
 use crate::pump::{Flow, PumpError, pump};
 use crate::streams::hub::Joining;
 use crate::streams::order::Order;
+use crate::streams::upload;
 use crate::watch::{Phase, Watch};
 use crate::worker::Worker;
 
@@ -73,7 +79,7 @@ pub async fn exchange<C: AsyncRead + AsyncWrite + Unpin>(
     watch: &Watch,
     client: &Shared<C>,
     inbox: &mut Inbox,
-    forward: &Forward,
+    forward: &mut Forward,
 ) -> Result<Done, Broken> {
     let mut may_be_pooled = true;
     loop {
@@ -93,16 +99,33 @@ pub async fn exchange<C: AsyncRead + AsyncWrite + Unpin>(
             has_sent: Cell::new(false),
             is_uploaded: Cell::new(false),
             is_half_closed: Cell::new(false),
+            gate: Notify::new(),
         };
         match attempt.run(inbox).await {
+            Ok(Ending::Done(done)) => return Ok(done),
+            Ok(Ending::Report(report)) => forward.report(&report, true),
+            Ok(Ending::Receive(wanted)) => {
+                let (report, is_read) = receive::receive(worker, watch, client, inbox, forward, *wanted).await?;
+                forward.report(&report, is_read);
+            }
             Err(Broken::Stale) => {
                 may_be_pooled = false;
                 worker.pool.forget(forward.target);
                 worker.counters.retries.add(1);
             }
-            outcome => return outcome,
+            Err(broken) => return Err(broken),
         }
     }
+}
+
+/// How an attempt ended.
+enum Ending {
+    /// With an answer to the client.
+    Done(Done),
+    /// The API is to be told this, and then to answer.
+    Report(String),
+    /// The API has ordered that the plane receive the body.
+    Receive(Box<upload::Wanted>),
 }
 
 /// A pooled connection. For a request that must not be sent twice, one that is known to be open right now.
@@ -147,6 +170,8 @@ struct Attempt<'a, C> {
     has_sent: Cell<bool>,
     is_uploaded: Cell<bool>,
     is_half_closed: Cell<bool>,
+    /// Opens when the API wants the body that is held back.
+    gate: Notify,
 }
 
 /// Why the upload ended before the exchange.
@@ -162,6 +187,13 @@ enum UploadEnd {
 }
 
 /// What the download ended with.
+enum Download {
+    Answered(Answered),
+    Report(String),
+    Receive(Box<upload::Wanted>),
+}
+
+/// An answer that has been passed on.
 struct Answered {
     response: Response,
     reply: Inbox,
@@ -171,8 +203,8 @@ struct Answered {
 }
 
 impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
-    async fn run(self, inbox: &mut Inbox) -> Result<Done, Broken> {
-        let answered = {
+    async fn run(self, inbox: &mut Inbox) -> Result<Ending, Broken> {
+        let download = {
             let mut upload = pin!(self.upload(inbox));
             let mut download = pin!(self.download());
             let mut is_uploading = true;
@@ -192,7 +224,11 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
         };
         self.watch.up.clear();
         self.watch.down.clear();
-        Ok(self.finish(answered))
+        Ok(match download {
+            Download::Answered(answered) => Ending::Done(self.finish(answered)),
+            Download::Report(report) => Ending::Report(report),
+            Download::Receive(wanted) => Ending::Receive(wanted),
+        })
     }
 
     fn half_closed(&self) {
@@ -207,7 +243,8 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
             return Done::Switch(Box::new(Switch { upstream, reply }));
         }
         let is_complete = self.is_uploaded.get();
-        if is_complete && response.is_keep_alive && reply.is_empty() {
+        // The API closes a connection on which it was promised a body that did not come.
+        if is_complete && response.is_keep_alive && reply.is_empty() && self.forward.sending != Sending::Report {
             self.worker.pool.give(self.forward.target, upstream, self.worker.now_ms());
         }
         if let Some(joining) = joining {
@@ -236,8 +273,18 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
         };
         let mut body = Body::new(self.forward.framing);
         let (mut reader, mut writer) = (self.client, &self.upstream);
-        let pumped = pump(&flow, &self.forward.head.0, &mut body, inbox, &mut reader, &mut writer).await;
-        match pumped {
+        let mut head = &self.forward.head.0[..];
+        if self.forward.sending.is_held() {
+            if flow.write(&mut writer, head, b"").await.is_err() {
+                return UploadEnd::Refused;
+            }
+            self.watch.up.clear();
+            self.await_response();
+            self.gate.notified().await;
+            self.watch.down.clear();
+            head = b"";
+        }
+        match pump(&flow, head, &mut body, inbox, &mut reader, &mut writer).await {
             Ok(()) => {}
             Err(PumpError::Write) => return UploadEnd::Refused,
             Err(PumpError::Read) => return UploadEnd::Gone,
@@ -281,21 +328,25 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
         std::future::pending().await
     }
 
-    async fn download(&self) -> Result<Answered, Broken> {
+    async fn download(&self) -> Result<Download, Broken> {
         let mut reply = Inbox::default();
         for _ in 0..INTERIM_MAX {
             let head_len = self.read_head(&mut reply).await?;
             let mut out = HeadBuf::take();
             let (response, answer, order) = self.compose(&reply.data()[..head_len], &mut out)?;
-            if matches!(order, Some(Order::Output)) {
+            if let Some(order @ (Order::Output | Order::File | Order::Upload)) = order {
                 let head = reply.data()[..head_len].to_vec();
                 reply.consume(head_len);
                 // In a box: few connections ever need the room.
-                return Box::pin(self.pass_output(head, &out.0, response, answer, reply)).await;
+                return Box::pin(self.obey(&order, head, &out.0, response, answer, reply)).await;
             }
             reply.consume(head_len);
             if response.status < 200 && !answer.is_switch {
-                if self.forward.minor == 1 {
+                if response.status == 100 {
+                    self.gate.notify_one();
+                }
+                let is_ours = self.forward.sending == Sending::Held { expects_continue: false };
+                if self.forward.minor == 1 && !(is_ours && response.status == 100) {
                     self.send(&out.0).await?;
                 }
                 continue;
@@ -310,7 +361,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Attempt<'_, C> {
                 self.pass_body(&response, answer, &out.0, &mut reply).await?;
             }
             let Reply { is_keep_alive, is_switch, .. } = answer;
-            return Ok(Answered { response, reply, is_keep_alive, is_switch, joining });
+            return Ok(Download::Answered(Answered { response, reply, is_keep_alive, is_switch, joining }));
         }
         Err(self.broken(Code::UpstreamBroke.into()))
     }

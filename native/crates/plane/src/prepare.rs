@@ -22,6 +22,9 @@ use crate::table::{Found, Live, Sandbox, State};
 use crate::trust;
 use crate::worker::Worker;
 
+/// A body for the API from this size on is held back: smaller ones cost less to pass on than to ask about.
+const HELD_BYTES_MIN: u64 = 256 * 1024;
+
 /// The port that an `https` address need not name.
 const HTTPS_PORT: u16 = 443;
 
@@ -110,6 +113,57 @@ pub struct Forward {
     pub admission: Option<Admission>,
     /// Its place among the sandbox's requests.
     pub slot: Option<Slot>,
+    /// When the upstream gets the body.
+    pub sending: Sending,
+}
+
+/// When the upstream gets the body of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sending {
+    /// As it comes.
+    AtOnce,
+    /// Once the API asks for it.
+    Held {
+        /// The client does not send it before it is told to go on.
+        expects_continue: bool,
+    },
+    /// Never: the request tells the API what came of its order.
+    Report,
+}
+
+impl Sending {
+    /// Whether the body is held back.
+    pub fn is_held(self) -> bool {
+        matches!(self, Self::Held { .. })
+    }
+}
+
+impl Forward {
+    /// Becomes the request that tells the API what came of its order. `is_read`: nothing of the body is left.
+    pub fn report(&mut self, line: &str, is_read: bool) {
+        self.push_line(line);
+        self.framing = Framing::None;
+        self.is_keep_alive &= is_read;
+        self.is_replayable = true;
+        self.sending = Sending::Report;
+    }
+
+    /// Has the API decide about the body before it comes.
+    fn hold(&mut self, expects_continue: bool) {
+        if !expects_continue {
+            self.push_line("Expect: 100-continue\r\n");
+        }
+        self.push_line("X-Sandgate-Body: held\r\n");
+        self.sending = Sending::Held { expects_continue };
+    }
+
+    /// Adds a header line to the head.
+    fn push_line(&mut self, line: &str) {
+        let head = &mut self.head.0;
+        head.truncate(head.len() - b"\r\n".len());
+        head.extend_from_slice(line.as_bytes());
+        head.extend_from_slice(b"\r\n");
+    }
 }
 
 /// A place among the requests in flight to a sandbox; free again when dropped.
@@ -206,8 +260,19 @@ impl Draft<'_> {
 
     fn plan_for_api(&mut self) -> Result<Decision, AnswerKind> {
         self.agree_on(self.worker.api_policy.as_deref())?;
-        let forward = self.forward(Target::Api, None);
+        let mut forward = self.forward(Target::Api, None);
+        if self.is_large() {
+            forward.hold(self.request.minor == 1 && self.value_of(Name::Expect).is_some());
+        }
         Ok(Decision::Now(Plan::Forward(Box::new(forward))))
+    }
+
+    /// Whether the body is, or may be, worth a question ahead of it.
+    fn is_large(&self) -> bool {
+        match self.request.framing {
+            Framing::Length(length) => length >= HELD_BYTES_MIN,
+            framing => framing == Framing::Chunked,
+        }
     }
 
     /// Applies a policy; an answer if the request is a question about it.
@@ -308,6 +373,7 @@ impl Draft<'_> {
             sandbox: None,
             admission: None,
             slot: None,
+            sending: Sending::AtOnce,
         }
     }
 

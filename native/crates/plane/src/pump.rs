@@ -67,7 +67,7 @@ impl Flow<'_> {
     }
 
     /// Ends the connection of a client that has moved `bytes` at the end of too long a wait.
-    fn judge(&self, bytes: usize, waiting_since_ms: u64) {
+    pub fn judge(&self, bytes: usize, waiting_since_ms: u64) {
         let limits = &self.worker.config.limits;
         let floor = Floor { bytes_per_s: limits.client_bytes_per_s_min, window_ms: ms(limits.client_rate_window_s) };
         if self.pace.is_too_slow(bytes, self.worker.now_ms() - waiting_since_ms, floor) {

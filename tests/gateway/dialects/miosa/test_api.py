@@ -302,15 +302,15 @@ async def test_unknown_process(api, sandbox):
 
 
 @pytest.mark.parametrize("family", ["files", "fs"])
-async def test_files_in_both_families(api, sandbox, family):
+async def test_files_in_both_families(api, front, sandbox, family):
     base = f"{sandbox}/{family}"
     path = "/workspace/d/a b#.txt"
     body = (await api.post(f"{base}/write", json={"path": path, "content_base64": "AP8="})).json()
     assert_hybrid(body)
     assert (body["path"], body["size_bytes"]) == (path, 2)
-    answer = await api.get(f"{base}/download", params={"path": path})
+    answer = await front.get(f"{base}/download", params={"path": path})
     assert (answer.content, answer.headers["content-type"]) == (b"\x00\xff", "application/octet-stream")
-    part = await api.get(f"{base}/download", params={"path": path}, headers={"range": "bytes=1-"})
+    part = await front.get(f"{base}/download", params={"path": path}, headers={"range": "bytes=1-"})
     assert (part.status_code, part.content) == (206, b"\xff")
     for stat in (
         await api.post(f"{base}/stat", json={"path": path}),
@@ -350,10 +350,10 @@ async def test_same_path_lists_a_directory(api, sandbox):
     assert (await api.get(f"{sandbox}/files", params={"path": "/workspace/none"})).status_code == 404
 
 
-async def test_old_library_writes_base64_and_reads_by_path(api, sandbox):
+async def test_old_library_writes_base64_and_reads_by_path(api, front, sandbox):
     content = base64.b64encode(b'{"a": 1}').decode()
     await api.post(f"{sandbox}/files", json={"path": "/workspace/package.json", "content": content}, headers=LIBRARY)
-    answer = await api.get(f"{sandbox}/files/workspace/package.json", headers=LIBRARY)
+    answer = await front.get(f"{sandbox}/files/workspace/package.json", headers=LIBRARY)
     assert (answer.content, answer.headers["content-type"]) == (b'{"a": 1}', "application/octet-stream")
 
 
@@ -368,16 +368,89 @@ async def test_many_files_succeed_or_fail_by_themselves(api, sandbox, path):
 
 
 @pytest.mark.parametrize("method", ["PUT", "POST"])
-async def test_upload_streams_raw_bytes_and_forms(api, sandbox, method):
+async def test_upload_streams_raw_bytes_and_forms(api, front, sandbox, method):
     async def pieces():
         for _ in range(64):
             yield bytes(64 * 1024)
 
-    answer = await api.request(method, f"{sandbox}/fs/upload", params={"path": "/workspace/big"}, content=pieces())
-    assert (answer.status_code, answer.json()["size"]) == (200, 4 * 1024 * 1024)
-    form = {"data": {"path": "/workspace/form"}, "files": {"file": ("x", b"\x00form")}}
-    assert (await api.request(method, f"{sandbox}/files/upload", **form)).json()["path"] == "/workspace/form"
-    assert (await api.get(f"{sandbox}/fs/read", params={"path": "/workspace/form"})).content == b"\x00form"
+    for client in (api, front):  # a small body, one that the API reads and one that the plane does
+        for size, content in ((3, b"abc"), (4 * 1024 * 1024, pieces())):
+            to = {"path": f"/workspace/{size}"}
+            answer = await client.request(method, f"{sandbox}/fs/upload", params=to, content=content)
+            assert (answer.status_code, answer.json()["size"]) == (200, size)
+            assert (await api.get(f"{sandbox}/fs/stat", params=to)).json()["size"] == size
+        form = {"data": {"path": "/workspace/form"}, "files": {"file": ("x", b"\x00form" * 100_000)}}
+        answer = await client.request(method, f"{sandbox}/files/upload", **form)
+        assert answer.json()["path"] == "/workspace/form"
+        answer = await front.get(f"{sandbox}/fs/read", params={"path": "/workspace/form"})
+        assert answer.content == b"\x00form" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("header", "status", "content", "content_range"),
+    [
+        (None, 200, b"0123456789", None),
+        ("bytes=2-4", 206, b"234", "bytes 2-4/10"),
+        ("bytes=8-", 206, b"89", "bytes 8-9/10"),
+        ("bytes=8-99", 206, b"89", "bytes 8-9/10"),
+        ("bytes=-3", 206, b"789", "bytes 7-9/10"),
+        ("bytes=-99", 206, b"0123456789", "bytes 0-9/10"),
+        ("bytes=10-", 416, b"", "bytes */10"),
+        ("bytes=-0", 416, b"", "bytes */10"),
+        ("bytes=4-2", 200, b"0123456789", None),
+    ],
+)
+async def test_parts_of_a_file(api, front, sandbox, header, status, content, content_range):
+    written = {"path": "/workspace/ten", "content": "0123456789", "mode": "600"}
+    await api.post(f"{sandbox}/files", json=written)
+    info = (await api.get(f"{sandbox}/fs/stat", params={"path": "/workspace/ten"})).json()
+    headers = {} if header is None else {"range": header}
+    answer = await front.get(f"{sandbox}/fs/download", params={"path": "/workspace/ten"}, headers=headers)
+    assert (answer.status_code, answer.content) == (status, content)
+    assert answer.headers.get("content-range") == content_range
+    assert int(answer.headers["content-length"]) == len(content)
+    if status != 416:
+        head = await front.head(f"{sandbox}/fs/download", params={"path": "/workspace/ten"})
+        assert head.headers["content-length"] == "10"
+        for name in ("x-file-mode", "x-file-modified-at", "content-disposition", "accept-ranges", "content-type"):
+            assert answer.headers[name] == head.headers[name]
+        assert (answer.headers["x-file-mode"], answer.headers["x-file-modified-at"]) == ("0600", info["modified_at"])
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        ("/workspace", 409, "conflict"),
+        ("/workspace/file/below", 409, "conflict"),
+        ("/etc/passwd", 403, "FORBIDDEN_PATH"),
+    ],
+)
+async def test_what_is_wrong_with_an_upload_is_told_by_the_api(api, front, sandbox, path, status, code):
+    await api.post(f"{sandbox}/files", json={"path": "/workspace/file", "content": ""})
+    answer = await front.put(f"{sandbox}/fs/upload", params={"path": path}, content=bytes(1_000_000))
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    assert answer.json()["error"]["request_id"] == answer.headers["x-request-id"]
+
+
+async def test_an_upload_with_a_key_is_answered_again(api, front, sandbox):
+    to, key = {"path": "/workspace/once"}, {"idempotency-key": "upload-1"}
+    first = await front.put(f"{sandbox}/fs/upload", params=to, content=bytes(1_000_000), headers=key)
+    assert (first.status_code, first.json()["size"]) == (200, 1_000_000)
+    await api.request("DELETE", f"{sandbox}/fs", params=to)
+    again = await front.put(f"{sandbox}/fs/upload", params=to, content=bytes(1_000_000), headers=key)
+    assert (again.json(), again.headers["idempotency-replayed"]) == (first.json(), "true")
+    assert (await api.get(f"{sandbox}/fs/stat", params=to)).status_code == 404
+    other = await front.put(f"{sandbox}/fs/upload", params=to, content=bytes(1_000_001), headers=key)
+    assert other.json()["code"] == "idempotency_mismatch"
+
+
+async def test_a_report_is_no_request_of_its_own(api, sandbox):
+    before = int((await api.get(sandbox)).headers["x-ratelimit-remaining"])
+    report = {"x-sandgate-report": '{"error":{"code":"no_space","message":"full"}}'}
+    for _ in range(50):
+        answer = await api.put(f"{sandbox}/fs/upload", params={"path": "/workspace/a"}, headers=report)
+        assert (answer.status_code, answer.json()["code"]) == (507, "disk_full")
+    assert int(answer.headers["x-ratelimit-remaining"]) >= before
 
 
 async def test_too_large_json_is_sent_to_the_upload_route(api, sandbox):
@@ -404,12 +477,12 @@ async def test_bad_paths(api, sandbox, path, status, code):
     assert (answer.status_code, answer.json()["code"]) == (status, code)
 
 
-async def test_reading_a_directory_or_nothing(api, sandbox):
-    answer = await api.get(f"{sandbox}/fs/download", params={"path": "/workspace"})
+async def test_reading_a_directory_or_nothing(front, sandbox):
+    answer = await front.get(f"{sandbox}/fs/download", params={"path": "/workspace"})
     assert (answer.status_code, answer.json()["code"]) == (409, "conflict")
-    assert (await api.get(f"{sandbox}/fs/download", params={"path": "/workspace/none"})).status_code == 404
-    assert (await api.get(f"{sandbox}/files/workspace/none")).status_code == 404
-    assert (await api.get(f"{sandbox}/fs/download")).status_code == 422
+    assert (await front.get(f"{sandbox}/fs/download", params={"path": "/workspace/none"})).status_code == 404
+    assert (await front.get(f"{sandbox}/files/workspace/none")).status_code == 404
+    assert (await front.get(f"{sandbox}/fs/download")).status_code == 422
 
 
 async def test_watch(api, sandbox):

@@ -30,7 +30,8 @@ async def write(api: httpx.AsyncClient, sandbox: str, content: str) -> None:
 
 
 async def read(api: httpx.AsyncClient, sandbox: str) -> str:
-    return (await api.get(f"{sandbox}/files/workspace/note")).text
+    answer = await api.get(f"{sandbox}/files", params={"path": "/workspace/note"})
+    return str(answer.json()["content"])
 
 
 async def test_pause_stop_and_resume(api, sandbox):

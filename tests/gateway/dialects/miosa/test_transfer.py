@@ -1,7 +1,7 @@
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.responses import Response
 
 from gateway.dialects.miosa import transfer
 from gateway.dialects.miosa.transfer import ByteRange, requested_range
@@ -108,76 +108,36 @@ def test_requested_range(header, expected):
     assert requested_range(make_request(headers={"range": header})) == expected
 
 
-class File:
-    """Ten bytes behind `open_part`, which counts what is open."""
-
-    data = b"0123456789"
-
-    def __init__(self) -> None:
-        self.open = 0
-
-    async def part(self, offset: int, length: int | None):
-        self.open += 1
-        data = self.data[offset:] if length is None else self.data[offset : offset + length]
-        return FileEntry("ä b.txt", "/ä b.txt", "file", len(self.data), 0o644, 0.0), _Chunks(self, data)
-
-
-class _Chunks:
-    def __init__(self, file: File, data: bytes) -> None:
-        self._file = file
-        self._left = [data[index : index + 4] for index in range(0, len(data), 4)]
-
-    def __aiter__(self):
-        return self
-
-    async def __anext__(self) -> bytes:
-        if not self._left:
-            raise StopAsyncIteration
-        return self._left.pop(0)
-
-    async def aclose(self) -> None:
-        self._file.open -= 1
-
-
-async def deliver(response: Response) -> bytes:
-    sent = []
-
-    async def send(message):
-        sent.append(message)
-
-    async def never():
-        import asyncio
-
-        await asyncio.Event().wait()
-
-    await response({"type": "http", "asgi": {"spec_version": "2.4"}}, never, send)
-    return b"".join(message.get("body", b"") for message in sent)
+@pytest.mark.parametrize(
+    ("headers", "can_be"),
+    [
+        ({"x-sandgate-body": "held"}, True),
+        ({"x-sandgate-body": "held", "content-type": "text/plain"}, True),
+        ({"x-sandgate-body": "held", "content-type": f"multipart/form-data; boundary={BOUNDARY}"}, False),
+        ({"content-type": "text/plain"}, False),
+    ],
+)
+def test_a_body_that_waits_and_is_no_form_can_be_ordered(headers, can_be):
+    assert transfer.can_be_ordered(make_request(headers=headers)) is can_be
 
 
 @pytest.mark.parametrize(
-    ("header", "status", "body", "content_range"),
-    [
-        ("", 200, b"0123456789", None),
-        ("bytes=2-4", 206, b"234", "bytes 2-4/10"),
-        ("bytes=8-", 206, b"89", "bytes 8-9/10"),
-        ("bytes=8-99", 206, b"89", "bytes 8-9/10"),
-        ("bytes=-3", 206, b"789", "bytes 7-9/10"),
-        ("bytes=-99", 206, b"0123456789", "bytes 0-9/10"),
-        ("bytes=9-9", 206, b"9", "bytes 9-9/10"),
-        ("bytes=10-", 416, b"", "bytes */10"),
-        ("bytes=-0", 416, b"", "bytes */10"),
-    ],
+    ("header", "span"),
+    [("", None), ("bytes=2-4", [2, 4]), ("bytes=8-", [8, None]), ("bytes=-3", [None, 3]), ("bytes=4-2", None)],
 )
-async def test_outgoing_ranges(header, status, body, content_range):
-    file = File()
-    response = await transfer.outgoing(requested_range(make_request(headers={"range": header})), file.part)
-    assert (response.status_code, response.headers.get("content-range")) == (status, content_range)
-    assert int(response.headers["content-length"]) == len(body)
-    assert await deliver(response) == body
-    assert file.open == 0
-
-
-async def test_outgoing_is_an_attachment_of_bytes():
-    response = await transfer.outgoing(None, File().part)
+def test_a_download_is_ordered(header, span):
+    request = make_request(headers={"range": header})
+    response = transfer.sending({"op": "read", "path": "/a/ä b.txt"}, requested_range(request))
     assert response.headers["content-type"] == "application/octet-stream"
     assert response.headers["content-disposition"] == "attachment; filename*=UTF-8''%C3%A4%20b.txt"
+    assert (response.status_code, response.headers["x-sandgate-stream"]) == (200, '{"kind":"file"}')
+    order = orjson.loads(response.body)
+    assert (order["op"], order["span"]) == ({"op": "read", "path": "/a/ä b.txt"}, span)
+
+
+def test_head_tells_what_get_would():
+    response = transfer.described(FileEntry("ä b.txt", "/ä b.txt", "file", 10, 0o640, 0.0))
+    assert response.headers["content-length"] == "10"
+    assert response.headers["content-disposition"] == "attachment; filename*=UTF-8''%C3%A4%20b.txt"
+    assert (response.headers["x-file-mode"], response.headers["accept-ranges"]) == ("0640", "bytes")
+    assert response.headers["x-file-modified-at"] == "1970-01-01T00:00:00.000Z"

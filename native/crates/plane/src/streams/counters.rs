@@ -13,25 +13,32 @@ pub struct StreamCounters {
     /// Events given to them.
     pub events: Count,
     ends: [Count; End::ALL.len()],
-    outputs: Count,
+    /// Open streams of output.
+    pub outputs: Count,
     /// Bytes of output streams.
     pub output_bytes: Count,
+    /// Files on their way.
+    pub files: Count,
+    /// Bytes of files, to clients and from them.
+    pub file_bytes_down: Count,
+    /// See there.
+    pub file_bytes_up: Count,
 }
 
-/// An output stream, counted as open as long as it is kept.
-pub struct OpenOutput<'a>(&'a StreamCounters);
+/// Something that is counted as open as long as it is kept.
+pub struct Open<'a>(&'a Count);
 
-impl<'a> OpenOutput<'a> {
+impl<'a> Open<'a> {
     /// Counts it.
-    pub fn new(counters: &'a StreamCounters) -> Self {
-        counters.outputs.add(1);
-        Self(counters)
+    pub fn new(count: &'a Count) -> Self {
+        count.add(1);
+        Self(count)
     }
 }
 
-impl Drop for OpenOutput<'_> {
+impl Drop for Open<'_> {
     fn drop(&mut self) {
-        self.0.outputs.sub(1);
+        self.0.sub(1);
     }
 }
 
@@ -55,6 +62,12 @@ pub fn render(out: &mut String, workers: &[&StreamCounters]) {
     let _ = writeln!(out, "sandgate_plane_stream_outputs {}", sum(&|worker| &worker.outputs));
     push_head(out, "stream_output_bytes_total", "counter", "Bytes of processes' output sent as events.");
     let _ = writeln!(out, "sandgate_plane_stream_output_bytes_total {}", sum(&|worker| &worker.output_bytes));
+    push_head(out, "stream_files", "gauge", "Files on their way into sandboxes or out of them.");
+    let _ = writeln!(out, "sandgate_plane_stream_files {}", sum(&|worker| &worker.files));
+    push_head(out, "stream_file_bytes_total", "counter", "Bytes of files passed, by direction.");
+    let (down, up) = (sum(&|worker| &worker.file_bytes_down), sum(&|worker| &worker.file_bytes_up));
+    let _ = writeln!(out, "sandgate_plane_stream_file_bytes_total{{direction=\"down\"}} {down}");
+    let _ = writeln!(out, "sandgate_plane_stream_file_bytes_total{{direction=\"up\"}} {up}");
     push_head(out, "stream_ends_total", "counter", "Event streams that ended, by reason.");
     for end in End::ALL {
         let count = sum(&|worker| &worker.ends[end as usize]);

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use sandgate_frame::{Decoder, Frame, Kind, VERSION, WINDOW_BYTES, push, push_count};
-use serde_json::json;
+use sandgate_frame::{CHANNEL_INPUT, Decoder, Frame, Kind, VERSION, WINDOW_BYTES, push, push_count, push_data};
+use serde_json::{Value, json};
 use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::UnixStream;
 
@@ -50,7 +50,7 @@ impl Trouble {
 
     /// Reads an `ERROR` frame.
     pub fn of(payload: &[u8]) -> Self {
-        let Ok(message) = serde_json::from_slice::<serde_json::Value>(payload) else { return Self::violation() };
+        let Ok(message) = serde_json::from_slice::<Value>(payload) else { return Self::violation() };
         let text = |name: &str| message.get(name).and_then(|value| value.as_str()).map(str::to_owned);
         let code = text("code").unwrap_or_else(|| "bad_frame".to_owned());
         Self { code, message: text("message").unwrap_or_default(), detail: text("detail") }
@@ -62,6 +62,7 @@ pub struct Link {
     stream: UnixStream,
     decoder: Decoder,
     outgoing: Vec<u8>,
+    sent: usize,
     consumed: [u64; 4],
     is_lost: bool,
 }
@@ -75,12 +76,17 @@ impl Link {
         push(&mut outgoing, Kind::Hello, 0, 0, hello.as_bytes());
         push(&mut outgoing, Kind::Open, 0, STREAM, op);
         let decoder = Decoder::default();
-        Ok(Self { stream, decoder, outgoing, consumed: [0; 4], is_lost: false })
+        Ok(Self { stream, decoder, outgoing, sent: 0, consumed: [0; 4], is_lost: false })
     }
 
     /// Bytes that have come and were not looked at yet.
     pub fn buffered(&self) -> usize {
         self.decoder.buffered()
+    }
+
+    /// Bytes that were not sent yet.
+    pub fn unsent(&self) -> usize {
+        self.outgoing.len() - self.sent
     }
 
     /// Whether nothing more will come than what has.
@@ -101,7 +107,7 @@ impl Link {
     }
 
     fn poll_io(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while !self.outgoing.is_empty() {
+        while self.unsent() > 0 {
             match self.stream.poll_write_ready(cx) {
                 Poll::Ready(ready) => ready?,
                 Poll::Pending => break,
@@ -116,10 +122,14 @@ impl Link {
     }
 
     fn send_now(&mut self) -> io::Result<()> {
-        match self.stream.try_write(&self.outgoing) {
-            Ok(count) => drop(self.outgoing.drain(..count)),
+        match self.stream.try_write(&self.outgoing[self.sent..]) {
+            Ok(count) => self.sent += count,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
+        }
+        if self.unsent() == 0 {
+            self.outgoing.clear();
+            self.sent = 0;
         }
         Ok(())
     }
@@ -130,6 +140,34 @@ impl Link {
             Ok(frame) => Ok(frame),
             Err(_) => Err(Trouble::violation()),
         }
+    }
+
+    /// Waits for the operation's reply.
+    pub async fn reply(&mut self) -> Result<Value, Trouble> {
+        loop {
+            while let Some(frame) = self.next_frame()? {
+                match frame.kind {
+                    Kind::Reply => return serde_json::from_slice(frame.payload).map_err(|_| Trouble::violation()),
+                    Kind::Error => return Err(Trouble::of(frame.payload)),
+                    Kind::Close => return Err(Trouble::violation()),
+                    _ => {}
+                }
+            }
+            if self.is_lost {
+                return Err(Trouble::lost());
+            }
+            std::future::poll_fn(|cx| self.poll(cx)).await;
+        }
+    }
+
+    /// Sends input; what of it may be sent at once is up to the caller.
+    pub fn put(&mut self, offset: u64, content: &[u8]) {
+        push_data(&mut self.outgoing, CHANNEL_INPUT, STREAM, offset, content);
+    }
+
+    /// Says that the input had so many bytes.
+    pub fn put_end(&mut self, total: u64) {
+        push_count(&mut self.outgoing, Kind::End, CHANNEL_INPUT, STREAM, total);
     }
 
     /// Gives credit back for bytes that were used.

@@ -19,6 +19,10 @@ pub enum Order {
     Events(Selection),
     /// A process's output; the body says which and how ([`super::wanted::Wanted`]).
     Output,
+    /// A file's content; the body says which ([`super::file::Wanted`]).
+    File,
+    /// The request's body is to become a file; the body says which ([`super::upload::Wanted`]).
+    Upload,
 }
 
 /// Which events a subscriber gets, and for how long.

@@ -3,22 +3,24 @@
 //! ```text
 //! order ──OPEN──▶ reply ──▶ running ──exit──▶ over
 //!    └─ refused: the API's words for it   ├─ link breaks ─▶ ATTACH where it was ─▶ running
-//!                                         └─ client leaves ─▶ killed, or left alone
+//!                                         └─ client leaves ─▶ the link is closed
 //! ```
 //!
 //! The process is started once, however often the operation had to be sent: the agent knows it by its id. A slow client
-//! holds up its own process, by credit, and nobody else.
+//! holds up its own process, by credit, and nobody else. What becomes of the process of one that leaves is up to hostd,
+//! for which a plane that is killed has left just as well.
 
 use std::path::Path;
 use std::pin::Pin;
 use std::task::{Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sandgate_frame::{CHANNEL_PTY, CHANNEL_STDERR, CHANNEL_STDOUT, Kind};
 use serde_json::Value;
 use tokio::io::AsyncWrite;
 use tokio::time::timeout;
 
+use super::asking::ask;
 use super::chunk::Chunk;
 use super::lines::Lines;
 use super::machine::{Link, Trouble};
@@ -27,15 +29,11 @@ use crate::pump::{Flow, PumpError};
 
 /// Output without a line end is passed on after this pause, so that a progress bar moves.
 const PARTIAL_PAUSE: Duration = Duration::from_millis(50);
-/// How long a break may last, and one between hostd and the agent.
-const RECOVERY: Duration = Duration::from_secs(30);
-const UNREACHABLE_PATIENCE: Duration = Duration::from_secs(2);
-const DELAY_MIN: Duration = Duration::from_millis(20);
-const DELAY_MAX: Duration = Duration::from_millis(500);
 /// Bytes of frames made before they are sent, and taken from hostd while the client takes nothing: more than the
 /// credit of two channels never comes.
 const OUT_BYTES: usize = 256 * 1024;
 const BUFFERED_MAX: usize = 3 * 1024 * 1024;
+
 /// A process whose output flows.
 pub struct Output {
     wanted: Wanted,
@@ -56,34 +54,6 @@ enum Taken {
     End,
 }
 
-/// How long to go on after breaks.
-struct Patience {
-    until: Instant,
-    unreachable_until: Option<Instant>,
-    delay: Duration,
-}
-
-impl Patience {
-    fn new() -> Self {
-        Self { until: Instant::now() + RECOVERY, unreachable_until: None, delay: DELAY_MIN }
-    }
-
-    /// Waits before another try, or gives the trouble back when it is no break or time is up.
-    async fn after(&mut self, trouble: Trouble) -> Result<(), Trouble> {
-        let now = Instant::now();
-        let mut until = self.until;
-        if trouble.code == "agent_unreachable" {
-            until = until.min(*self.unreachable_until.get_or_insert(now + UNREACHABLE_PATIENCE));
-        }
-        if !trouble.is_break() || now + self.delay > until {
-            return Err(trouble);
-        }
-        tokio::time::sleep(self.delay).await;
-        self.delay = (self.delay * 2).min(DELAY_MAX);
-        Ok(())
-    }
-}
-
 impl Output {
     /// Asks for what is wanted; the process runs when this returns.
     pub async fn start(socket: &Path, wanted: Wanted) -> Result<Self, Refusal> {
@@ -95,53 +65,12 @@ impl Output {
         }
     }
 
-    /// Opens links until one has a reply.
+    /// Has a link that carries the operation.
     async fn open(&mut self, socket: &Path, op: &[u8]) -> Result<(), Trouble> {
-        let mut patience = Patience::new();
-        loop {
-            let trouble = match Link::open(socket, op).await {
-                Ok(link) => {
-                    // From here on, a client that leaves takes along what may have been started.
-                    self.link = Some(link);
-                    let left = patience.until.saturating_duration_since(Instant::now());
-                    match timeout(left, self.reply()).await {
-                        Ok(Ok(())) => return Ok(()),
-                        Ok(Err(trouble)) => trouble,
-                        Err(_) => Trouble::new("no_answer", "there was no answer in time"),
-                    }
-                }
-                // It may be starting; at the deadline it is not there.
-                Err(_) if Instant::now() + DELAY_MAX < patience.until => Trouble::lost(),
-                Err(_) => return Err(Trouble::new("host_unreachable", "the host does not answer")),
-            };
-            if trouble.code != "no_answer" {
-                self.link = None;
-            }
-            patience.after(trouble).await?;
-        }
-    }
-
-    async fn reply(&mut self) -> Result<(), Trouble> {
-        let Some(link) = &mut self.link else { return Err(Trouble::lost()) };
-        loop {
-            while let Some(frame) = link.next_frame()? {
-                match frame.kind {
-                    Kind::Reply => {
-                        let reply: Value = serde_json::from_slice(frame.payload).map_err(|_| Trouble::violation())?;
-                        let id = reply.get("id").and_then(Value::as_str).ok_or_else(Trouble::violation)?;
-                        id.clone_into(&mut self.id);
-                        return Ok(());
-                    }
-                    Kind::Error => return Err(Trouble::of(frame.payload)),
-                    Kind::Close => return Err(Trouble::violation()),
-                    _ => {}
-                }
-            }
-            if link.is_lost() {
-                return Err(Trouble::lost());
-            }
-            std::future::poll_fn(|cx| link.poll(cx)).await;
-        }
+        let reply = ask(socket, op, &mut self.link).await?;
+        let id = reply.get("id").and_then(Value::as_str).ok_or_else(Trouble::violation)?;
+        id.clone_into(&mut self.id);
+        Ok(())
     }
 
     /// Makes frames of what is here, as many as are worth sending at once.
@@ -284,19 +213,5 @@ impl Output {
         let outcome = sent.await.map_err(|_| PumpError::Write);
         flow.deadline().clear();
         outcome
-    }
-}
-
-impl Drop for Output {
-    /// The client has left, or never got to hear of it.
-    fn drop(&mut self) {
-        if let Some(link) = self.link.take() {
-            let kill: &[u8] = br#"{"type":"signal","signal":"SIGKILL"}"#;
-            if self.wanted.kills {
-                link.leave(&[(Kind::Control, kill), (Kind::Close, b"")]);
-            } else {
-                link.leave(&[(Kind::Close, b"")]);
-            }
-        }
     }
 }

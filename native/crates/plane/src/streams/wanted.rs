@@ -49,8 +49,6 @@ const SIGNALS: [&str; 32] = [
 pub struct Wanted {
     /// The operation that starts the process or attaches to it.
     op: Map<String, Value>,
-    /// Whether a client that leaves takes the process along.
-    pub kills: bool,
     /// Before the first frame.
     pub opening: String,
     /// In pauses.
@@ -110,7 +108,7 @@ impl Wanted {
     pub fn attach(&self, id: &str, offsets: &[u64; 4]) -> Vec<u8> {
         let offsets: Map<_, _> = (1..4).map(|channel| (channel.to_string(), json!(offsets[channel]))).collect();
         let mut op = json!({"op": "attach", "id": id, "offsets": offsets});
-        for name in ["to", "passive"] {
+        for name in ["to", "passive", "ends_with_client"] {
             if let Some(value) = self.op.get(name) {
                 op[name] = value.clone();
             }
