@@ -204,9 +204,10 @@ class WaitReady:
 
 @dataclass(frozen=True, slots=True)
 class GetMetrics:
-    """Resource use now."""
+    """Resource use now, and in the last window_s seconds if given."""
 
     sandbox_id: str
+    window_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -471,8 +471,20 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """The share of its processors that a sandbox used on the average since the one before, and its memory then."""
+
+    at: float
+    cpu_percent: float
+    memory_used_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Metrics:
-    """What a sandbox uses now. cpu_seconds and memory are the host's view, disk the sandbox's."""
+    """What a sandbox uses now. cpu_seconds and memory are the host's view, disk the sandbox's.
+
+    series: loads in the window that was asked for, oldest first, as far as the host remembers.
+    """
 
     at: float
     cpu_seconds: float
@@ -483,6 +495,7 @@ class Metrics:
     disk_total_bytes: int
     processes: int
     uptime_s: float
+    series: tuple[Load, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

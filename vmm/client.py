@@ -29,6 +29,7 @@ from vmm.types import (
     MachineState,
     MachineStats,
     PoolStatus,
+    Sample,
     SnapshotInfo,
     StopCause,
     TemplateInfo,
@@ -225,6 +226,11 @@ class HostClient:
     async def stats(self, machine_id: str, *, deadline: float | None = None) -> MachineStats:
         """Resource use as the host accounts it."""
         return decode(MachineStats, await self._call("machine.stats", deadline, id=machine_id))
+
+    async def history(self, machine_id: str, since: float, *, deadline: float | None = None) -> list[Sample]:
+        """What it had used at times since then, oldest first; only while it ran, and only what the host remembers."""
+        reply = await self._call("machine.history", deadline, id=machine_id, since=since)
+        return decode(list[Sample], reply.get("samples"))
 
     async def templates(self, *, deadline: float | None = None) -> list[TemplateInfo]:
         """What machines can be made from."""

@@ -237,6 +237,15 @@ class MachineStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """What a machine had used at a time. cpu_seconds begins again when the machine gets another unit."""
+
+    at: float
+    cpu_seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class TemplateInfo:
     """A template a host can start machines from.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from itertools import pairwise
 
 import sqlalchemy as sa
 
@@ -10,8 +12,9 @@ from gateway.commands import GetMetrics, GetUsage
 from gateway.engine.context import Context
 from gateway.engine.translate import vmm_errors
 from gateway.errors import invalid
-from gateway.resources import Metrics, Principal, Usage
+from gateway.resources import Load, Metrics, Principal, Usage
 from gateway.store import usage as rows
+from vmm.types import Sample
 
 
 class InsightService:
@@ -21,15 +24,20 @@ class InsightService:
         self._context = context
 
     async def metrics(self, principal: Principal, command: GetMetrics) -> Metrics:
-        """Use now. Raises sandbox_not_found, sandbox_not_running, agent_unavailable. Does not count as activity."""
+        """Use now and lately. Raises sandbox_not_found, sandbox_not_running, agent_unavailable. It is no activity."""
         context = self._context
         sandbox = await context.running(principal, command.sandbox_id)
         with vmm_errors():
             stats, guest = await asyncio.gather(
                 context.host.stats(sandbox.id), context.host.agent(sandbox.id, passive=True).metrics()
             )
+            now = context.clock()
+            samples = []
+            if command.window_s is not None:
+                samples = await context.host.history(sandbox.id, now - command.window_s)
+        newest = Sample(now, stats.cpu_seconds, stats.memory_bytes)
         return Metrics(
-            at=context.clock(),
+            at=now,
             cpu_seconds=stats.cpu_seconds,
             cpu_count=sandbox.cpu_count,
             memory_used_bytes=stats.memory_bytes,
@@ -39,6 +47,7 @@ class InsightService:
             disk_total_bytes=sandbox.disk_mib * 1024**2,
             processes=guest.processes,
             uptime_s=guest.uptime_s,
+            series=loads([*samples, newest], sandbox.cpu_count),
         )
 
     async def usage(self, principal: Principal, command: GetUsage) -> Usage:
@@ -56,3 +65,14 @@ class InsightService:
             return rows.between(connection, principal.workspace_id, command.sandbox_id, start=start, end=end)
 
         return await self._context.database.read(job)
+
+
+def loads(samples: Sequence[Sample], cpu_count: float) -> tuple[Load, ...]:
+    """What was used from each sample to the next, oldest first."""
+    loads = []
+    for before, after in pairwise(samples):
+        # A sandbox that woke from disk counts from zero again.
+        used_s = after.cpu_seconds - (before.cpu_seconds if before.cpu_seconds <= after.cpu_seconds else 0.0)
+        possible_s = max(after.at - before.at, 0.001) * cpu_count
+        loads.append(Load(after.at, round(100 * used_s / possible_s, 2), after.memory_bytes))
+    return tuple(loads)

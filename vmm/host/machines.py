@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict
 
 import orjson
@@ -16,6 +16,7 @@ from vmm.errors import MachineError, VmmError
 from vmm.host.admission import available_memory_bytes, check_disk, check_id, check_memory, check_spec
 from vmm.host.body import Parts, ended_lost
 from vmm.host.config import HostConfig
+from vmm.host.history import History
 from vmm.host.images import Images
 from vmm.host.journal import Journal, Record, SnapshotRecord
 from vmm.host.machine import Machine
@@ -79,6 +80,7 @@ class Machines:
         store = ImageStore(host / "images", disk_mib_max=config.images_mib_max)
         self._images = Images(store, driver, self._is_needed)
         self.snapshots.images = self._images
+        self.history = History(self._running, self.stats)
         self._units = Units(driver, boot_timeout_s=config.boot_timeout_s)
         self.pool = Pool(
             driver,
@@ -110,6 +112,7 @@ class Machines:
             logger.warning("ended unit %s, which no record owned", unit)
         await asyncio.to_thread(self._images.sweep)
         self._chores = [run_in_background(self._tidy(), "tidier"), run_in_background(self._relieve(), "relief")]
+        self._chores.append(run_in_background(self.history.run(), "history"))
         self.pool.start()
 
     async def _recover(self, record: Record) -> None:
@@ -271,6 +274,9 @@ class Machines:
             raise MachineError("machine_paused", f"machine {machine_id} is hibernated")
         return await self.driver.stats(unit)
 
+    def _running(self) -> Iterable[str]:
+        return [one for one in self._live if self._machines[one].record.state is MachineState.RUNNING]
+
     def watch(self, wants: Callable[[Change], bool], tell: Callable[[bytes], None]) -> Callable[[], None]:
         """Tell the event of every change of state that is wanted from now on; returns how to stop that."""
         watcher = (wants, tell)
@@ -286,6 +292,7 @@ class Machines:
     def _changed(self, change: Change) -> None:
         if change.state in _OVER:
             self._live.discard(change.id)
+            self.history.forget(change.id)
         told = [tell for wants, tell in self._watchers if wants(change)]
         if told:
             kind = "machine" if isinstance(change, MachineInfo) else "snapshot"

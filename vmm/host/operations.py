@@ -122,6 +122,11 @@ async def _stats(host: Host, op: Mapping[str, Any]) -> MachineStats:
     return await host.machines.stats(_text(op, "id"))
 
 
+async def _history(host: Host, op: Mapping[str, Any]) -> dict[str, Any]:
+    machine = host.machines.find_live(_text(op, "id"))
+    return {"samples": host.machines.history.since(machine.id, _decode(float, op.get("since", 0.0)))}
+
+
 async def _templates(host: Host, _: Mapping[str, Any]) -> dict[str, Any]:
     return {"templates": list(host.machines.driver.templates())}
 
@@ -163,6 +168,7 @@ _HANDLERS: dict[str, Handler] = {
     "machine.update": _update,
     "machine.touch": _touch,
     "machine.stats": _stats,
+    "machine.history": _history,
     "machine.pause": _pause,
     "machine.resume": _resume,
     "machine.restore": _restore,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import msgspec
 from msgspec import Meta
@@ -187,6 +187,14 @@ class Readiness(TypedDict):
     sandbox_id: str
 
 
+class Load(TypedDict):
+    """What a sandbox used until a time, from the one before on."""
+
+    timestamp: str
+    cpu_percent: float
+    memory_used_bytes: int
+
+
 class Metrics(TypedDict):
     """What a sandbox uses now."""
 
@@ -202,6 +210,8 @@ class Metrics(TypedDict):
     disk_total_bytes: int
     processes: int
     uptime_sec: float
+    window: NotRequired[str]
+    series: NotRequired[list[Load]]
 
 
 def sandbox(item: resources.Sandbox) -> Sandbox:
@@ -456,10 +466,31 @@ async def readiness_stream(call: Call) -> Response:
     return sse.response(call, frames())
 
 
-async def metrics(call: Call) -> Metrics:
-    """Resource use now."""
+class MetricsQuery(msgspec.Struct):
+    """window: as `90s`, `15m`, `1h` or `7d`; the host remembers two hours."""
+
+    window: Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]{0,5}[smhd]$")] | None = None
+
+
+_UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+async def metrics(call: Call, query: MetricsQuery) -> Metrics:
+    """Resource use now; with `window` also what it was in that time, sample by sample."""
     sandbox_id = decode.sandbox_id(call)
-    item = await call.engine.get_metrics(call.principal, commands.GetMetrics(sandbox_id))
+    window_s = None if query.window is None else float(int(query.window[:-1]) * _UNIT_S[query.window[-1]])
+    item = await call.engine.get_metrics(call.principal, commands.GetMetrics(sandbox_id, window_s))
+    answer = _metrics(sandbox_id, item)
+    if query.window is not None:
+        answer["window"] = query.window
+        answer["series"] = [
+            Load(timestamp=iso_time(load.at), cpu_percent=load.cpu_percent, memory_used_bytes=load.memory_used_bytes)
+            for load in item.series
+        ]
+    return answer
+
+
+def _metrics(sandbox_id: str, item: resources.Metrics) -> Metrics:
     lived_core_s = item.uptime_s * item.cpu_count
     return Metrics(
         sandbox_id=sandbox_id,
@@ -494,5 +525,5 @@ ROUTES = (
     Route("POST", _ONE + "/resume", resume, one(Sandbox), WRITE),
     Route("GET", _ONE + "/readiness", readiness, one(Readiness), READ),
     Route("GET", _ONE + "/readiness/stream", readiness_stream, EVENT_STREAM, READ, terms=_WAIT),
-    Route("GET", _ONE + "/metrics", metrics, one(Metrics), READ),
+    Route("GET", _ONE + "/metrics", metrics, one(Metrics), READ, query=MetricsQuery),
 )

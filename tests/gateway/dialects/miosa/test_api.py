@@ -118,7 +118,12 @@ async def test_readiness(api, sandbox):
 
 
 async def test_metrics_and_usage(api, sandbox):
-    assert (await api.get(f"{sandbox}/metrics?window=1h")).json()["memory_limit_bytes"] > 0
+    metrics = (await api.get(f"{sandbox}/metrics?window=1h")).json()
+    assert metrics["memory_limit_bytes"] > 0
+    assert metrics["window"] == "1h"
+    assert all(load["cpu_percent"] >= 0 for load in metrics["series"])
+    assert "series" not in (await api.get(f"{sandbox}/metrics")).json()
+    assert (await api.get(f"{sandbox}/metrics?window=soon")).json()["code"] == "validation_error"
     assert (await api.get(f"{sandbox}/usage")).json()["sandbox_count"] == 1
     for path in ("/usage", "/usage/summary", "/usage?period=30d", "/usage?period=last_month"):
         assert (await api.get(path)).status_code == 200
