@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loadtests import report
 from loadtests.http import Connection
-from loadtests.lifecycle import cases, cycles, traffic
+from loadtests.lifecycle import cases, cycles, registered, traffic
 from loadtests.report import Row, say
 from loadtests.server import SETTINGS, Target, serve
 
@@ -32,7 +32,7 @@ CASES: dict[str, Case] = {
     "forking": cases.forking,
     "traffic": traffic.visits,
 }
-ALONE = ("frozen", "burst")
+ALONE = ("frozen", "burst", "registered")
 CYCLES: dict[str, Case] = {
     "pauses": lambda api, target: cycles.pausing(api, target, 1000, hibernate=False, tell=say),
     "hibernations": lambda api, target: cycles.pausing(api, target, 300, hibernate=True, tell=say),
@@ -41,8 +41,11 @@ CYCLES: dict[str, Case] = {
 }
 
 
-async def measure(wanted: Sequence[str]) -> list[Row]:
-    """The named cases: most on one server, those that watch its machines from outside on one each."""
+async def measure(wanted: Sequence[str], frozen: int) -> list[Row]:
+    """The named cases: most on one server, those that watch its machines from outside on one each.
+
+    frozen: sandboxes of the case `registered`.
+    """
     rows: list[Row] = []
     named = {**CASES, **CYCLES}
     if not named.keys().isdisjoint(wanted):
@@ -60,6 +63,13 @@ async def measure(wanted: Sequence[str]) -> list[Row]:
         async with _alone(pool) as (target, groups):
             say("measuring: burst")
             rows += await cases.burst(target, groups, pool=30, count=100)
+    if "registered" in wanted:
+        async with (
+            _alone({**_NO_POOL, **registered.settings(frozen)}) as (target, groups),
+            Connection(target.base_url, target.key) as api,
+        ):
+            say(f"measuring: registered, {frozen}")
+            rows += await registered.registered(api, target, groups, frozen)
     return rows
 
 
@@ -78,12 +88,13 @@ async def main(arguments: Sequence[str]) -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join([*CASES, *ALONE, *CYCLES]))
     parser.add_argument("--cycles", action="store_true", help="the long cases too")
     parser.add_argument("--out", type=Path, default=Path("loadtests/results"), help="directory for the results")
+    parser.add_argument("--registered", type=int, default=100, metavar="COUNT", help="sandboxes of that case")
     options = parser.parse_args(arguments)
     if unknown := set(options.cases) - {*CASES, *ALONE, *CYCLES}:
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
     wanted = options.cases or [*CASES, *ALONE, *(CYCLES if options.cycles else [])]
 
-    rows = await measure(wanted)
+    rows = await measure(wanted, options.registered)
     report.publish("lifecycle", rows, report.facts(SETTINGS), options.out)
 
 

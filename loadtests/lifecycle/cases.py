@@ -102,13 +102,13 @@ async def frozen(api: Connection, target: Target, groups: Path) -> list[Row]:
     async with box(api, target) as source:
         await source.run("true")
         await asyncio.sleep(3)
-        rows.append(_number("idle sandbox, resident (PSS)", _pss_mib(groups), "MiB", "≤ 12"))
+        rows.append(number("idle sandbox, resident (PSS)", pss_mib(groups), "MiB", "≤ 12"))
         await source.post("pause")
         await asyncio.sleep(3)
         before = _cpu_s(groups)
         await asyncio.sleep(10)
-        rows.append(_number("frozen sandbox, CPU in 10 s", (_cpu_s(groups) - before) * 1e3, "ms", "0"))
-        rows.append(_number("frozen sandbox, resident (PSS)", _pss_mib(groups), "MiB", "≤ 5"))
+        rows.append(number("frozen sandbox, CPU in 10 s", (_cpu_s(groups) - before) * 1e3, "ms", "0"))
+        rows.append(number("frozen sandbox, resident (PSS)", pss_mib(groups), "MiB", "≤ 5"))
     return rows
 
 
@@ -135,28 +135,30 @@ async def burst(target: Target, groups: Path, *, pool: int, count: int) -> list[
     return [report.latency(f"{count} creates at once, {pool} in the pool", durations, target="all", note=note)]
 
 
-def _number(name: str, value: float, unit: str, bar: str) -> Row:
+def number(name: str, value: float, unit: str, bar: str) -> Row:
+    """A row with one figure."""
     return Row(name, unit, 1, round(value, 2), None, None, bar)
 
 
-def _pids(groups: Path) -> set[int]:
+def pids(groups: Path) -> set[int]:
+    """All processes of a server's machines."""
     return {int(pid) for path in groups.glob("*/cgroup.procs") for pid in path.read_text().split()}
 
 
 def _cpu_s(groups: Path) -> float:
     """CPU time of all processes so far."""
     ticks = 0
-    for pid in _pids(groups):
+    for pid in pids(groups):
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             ticks += int(fields[11]) + int(fields[12])
     return ticks / 100
 
 
-def _pss_mib(groups: Path) -> float:
+def pss_mib(groups: Path) -> float:
     """Memory of all processes, shared pages divided among those that share them."""
     kib = 0
-    for pid in _pids(groups):
+    for pid in pids(groups):
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
                 if line.startswith("Pss:"):
