@@ -235,10 +235,10 @@ class Settings:
     ] = 16
     pool_shells: Annotated[
         int, Row("Shells kept for restores and forks: created, with nothing running in them.", least=0, most=1000)
-    ] = 1
+    ] = 5
     pool_shells_max: Annotated[
         int, Row("Most shells per shape while many are asked for; 0: none of any.", least=0, most=1000)
-    ] = 8
+    ] = 24
     pool_thawed: Annotated[
         int, Row("Of the ready ones, so many per shape are not frozen; each uses 2 % of a core.", least=0, most=1000)
     ] = 0

@@ -47,11 +47,11 @@ def pages(count: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(count * _PAGE)
 
 
-def publish(store: ImageStore, image_id: str, content: bytes = b"pages", *, is_durable: bool = True) -> Manifest:
+def publish(store: ImageStore, image_id: str, content: bytes = b"pages", *, is_lasting: bool = True) -> Manifest:
     draft = store.draft(image_id)
     for name, data in zip(_NAMES, (b"state", content, b""), strict=True):
         (draft / name).write_bytes(data)
-    return store.publish(manifest(image_id), is_durable=is_durable)
+    return store.publish(manifest(image_id), is_lasting=is_lasting)
 
 
 def content_of(store: ImageStore, image_id: str) -> bytes:
@@ -77,6 +77,12 @@ def test_what_is_published_can_be_opened_now_and_after_a_restart(store: ImageSto
         assert each.list() == [published]
     assert not store.has("another")
     assert refusal(store, "another") == "snapshot_not_found"
+
+
+def test_what_is_published_for_this_process_only_is_of_no_use_to_another(store: ImageStore, tmp_path: Path) -> None:
+    publish(store, "one", pages(3), is_lasting=False)
+    assert content_of(store, "one") == pages(3)
+    assert refusal(opened(tmp_path), "one") == "snapshot_corrupt"
 
 
 def test_a_draft_is_nothing_until_it_is_published(store: ImageStore, tmp_path: Path) -> None:

@@ -79,11 +79,11 @@ class Images:
         record: Record,
         on_step: Callable[[SnapshotStep], None],
         *,
-        is_durable: bool = True,
+        is_lasting: bool = True,
     ) -> None:
         """Make an image of a draft, or leave nothing of it. Raises MachineError.
 
-        record: of the machine when it was saved.  is_durable: whether to wait for the disk.
+        record: of the machine when it was saved.  is_lasting: whether it may outlive this process.
         """
         on_step(SnapshotStep.HASHING)
         point("image.drafted")
@@ -98,7 +98,7 @@ class Images:
             parent,
             is_quiet=saved.is_quiet,
         )
-        await _in_thread(self._store.publish, manifest, is_durable=is_durable)
+        await _in_thread(self._store.publish, manifest, is_lasting=is_lasting)
         on_step(SnapshotStep.PUBLISHING)
         point("image.published")
 

@@ -185,8 +185,8 @@ class Machines:
         capture = await parent.save(image)
         if capture.saved is None:
             return capture.image, 0.0
-        # It is gone as soon as the children have read it: not worth waiting for the disk.
-        await self._images.publish(image, capture.saved, capture.record, lambda _: None, is_durable=False)
+        # It is gone as soon as the children have read it, and of no use to another process.
+        await self._images.publish(image, capture.saved, capture.record, lambda _: None, is_lasting=False)
         return image, capture.saved.pause_s * 1000
 
     async def _fork_one(self, spec: MachineSpec, image: str) -> MachineInfo | ForkFailure:

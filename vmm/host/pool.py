@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 #: Shapes with a pool of their own; further ones are started from nothing.
 _POOLS_MAX = 32
 #: MiB that a unit takes; of a ready one, until the first was measured.
-_WEIGHT_MIB = {Kind.READY: 48.0, Kind.SHELL: 24.0}
+_WEIGHT_MIB = {Kind.READY: 48.0, Kind.SHELL: 8.0}
 _MIB = 1024 * 1024
 #: After a claim, its owner's first command needs the processors: a refill that is not urgent waits for that.
 _REST_S = 0.1

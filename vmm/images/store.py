@@ -103,35 +103,32 @@ class ImageStore:
         """Remove a draft, if there is one."""
         shutil.rmtree(self._draft(image_id), ignore_errors=True)
 
-    def publish(self, manifest: Manifest, *, is_durable: bool = True) -> Manifest:
+    def publish(self, manifest: Manifest, *, is_lasting: bool = True) -> Manifest:
         """Make an image of the draft with the manifest's id; returns the manifest with its files.
 
-        is_durable: whether it has to survive a power cut; waiting for the disk is most of the time this takes. An
-        image that did not survive one is noticed before it is used. Raises MachineError: `no_space`,
+        is_lasting: whether it is to outlive this process. One that is not is neither hashed nor synced, which would be
+        most of the time this takes; to another process it is a damaged one. Raises MachineError: `no_space`,
         `snapshot_failed`; the draft is gone then.
         """
         place = self._draft(manifest.id)
         try:
             with _translated():
                 paths = sorted(path for path in place.iterdir() if path.name != manifests.NAME)
-                with ThreadPoolExecutor(1) as syncing:
-                    synced = syncing.submit(_sync, paths if is_durable else [])
-                    files = tuple(ImageFile(path.name, *native.hash_file(path)) for path in paths)
-                    synced.result()
-                return self._commit(replace(manifest, files=files), is_durable)
+                files = _hash_and_sync(paths) if is_lasting else _unhashed(paths)
+                return self._commit(replace(manifest, files=files), is_lasting)
         except BaseException:
             self.discard(manifest.id)
             raise
 
-    def _commit(self, manifest: Manifest, is_durable: bool) -> Manifest:
+    def _commit(self, manifest: Manifest, is_lasting: bool) -> Manifest:
         if self.used_bytes() + manifest.size_bytes > self._bytes_max:
             raise MachineError("no_space", "the image is larger than what the host's images may still take")
         draft, place = self._draft(manifest.id), self._directory / manifest.id
         (draft / manifests.NAME).write_bytes(manifest.encode())
-        if is_durable:
+        if is_lasting:
             _sync([draft / manifests.NAME, draft])
         draft.rename(place)
-        if is_durable:
+        if is_lasting:
             _sync([self._directory])
         image = _Image(manifest, place)
         image.verified = _identities(image)
@@ -282,6 +279,19 @@ class ImageStore:
                 self._chunk_bytes -= native.collect(indexes, self._chunks)
             except (OSError, native.ImageCorrupt) as error:
                 logger.warning("chunks that nobody needs stay: %s", error)
+
+
+def _hash_and_sync(paths: list[Path]) -> tuple[ImageFile, ...]:
+    with ThreadPoolExecutor(1) as syncing:
+        synced = syncing.submit(_sync, paths)
+        files = tuple(ImageFile(path.name, *native.hash_file(path)) for path in paths)
+        synced.result()
+    return files
+
+
+def _unhashed(paths: list[Path]) -> tuple[ImageFile, ...]:
+    """Files under a hash that no file has."""
+    return tuple(ImageFile(path.name, path.stat().st_size, "0" * 64) for path in paths)
 
 
 def _verify(image: _Image) -> None:
