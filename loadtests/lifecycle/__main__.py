@@ -64,12 +64,9 @@ async def measure(wanted: Sequence[str], frozen: int) -> list[Row]:
             say("measuring: burst")
             rows += await cases.burst(target, groups, pool=30, count=100)
     if "registered" in wanted:
-        async with (
-            _alone({**_NO_POOL, **registered.settings(frozen)}) as (target, groups),
-            Connection(target.base_url, target.key) as api,
-        ):
+        async with _alone({**_NO_POOL, **registered.settings(frozen)}) as (target, groups):
             say(f"measuring: registered, {frozen}")
-            rows += await registered.registered(api, target, groups, frozen)
+            rows += await registered.registered(target, groups, frozen)
     return rows
 
 

@@ -36,32 +36,34 @@ def settings(count: int) -> dict[str, str]:
     }
 
 
-async def registered(api: Connection, target: Target, groups: Path, count: int) -> list[Row]:
+async def registered(target: Target, groups: Path, count: int) -> list[Row]:
     """Freeze `count` sandboxes, hibernate a tenth of them. groups: as for `cases.frozen`."""
-    made: list[Box] = []
+    ids: list[str] = []
     try:
-        took, _ = await timed(lambda: _freeze(api, target, count, made))
+        took, _ = await timed(lambda: _freeze(target, count, ids))
         rows = [number(f"create and freeze {count}, each", took * 1e3 / count, "ms", "")]
-        for box in made[:: max(count // 10, 1)]:
-            await box.post("pause", {"hibernate": True})
-        await asyncio.sleep(5)  # for the memory of the rest to be reclaimed
-        rows += _held(target, groups, count)
-        rows += await _asked(api, made)
-        rows += await _adopted(api, target, made)
+        # Not before: a connection that is idle while so many are made does not last.
+        async with Connection(target.base_url, target.key) as api:
+            made = [Box(api, target, sandbox_id) for sandbox_id in ids]
+            for box in made[:: max(count // 10, 1)]:
+                await box.post("pause", {"hibernate": True})
+            await asyncio.sleep(5)  # for the memory of the rest to be reclaimed
+            rows += _held(target, groups, count)
+            rows += await _asked(api, made)
+            rows += await _adopted(api, target, made)
         return rows
     finally:
-        await _destroy(target, made)
+        await _destroy(target, ids)
 
 
-async def _freeze(api: Connection, target: Target, count: int, made: list[Box]) -> None:
-    """Over connections of their own; what is made is asked by `api` later."""
+async def _freeze(target: Target, count: int, ids: list[str]) -> None:
     left = iter(range(count))
 
     async def some() -> None:
-        async with Connection(target.base_url, target.key) as own:
+        async with Connection(target.base_url, target.key) as api:
             for _ in left:
-                box = await create(own, target, memory_mb=256)
-                made.append(Box(api, target, box.id))
+                box = await create(api, target, memory_mb=256)
+                ids.append(box.id)
                 await box.post("pause")
 
     await asyncio.gather(*(some() for _ in range(_AT_ONCE)))
@@ -122,13 +124,13 @@ async def _answers(box: Box) -> bool:
     return False
 
 
-async def _destroy(target: Target, made: list[Box]) -> None:
-    left = iter(made)
+async def _destroy(target: Target, ids: list[str]) -> None:
+    left = iter(ids)
 
     async def some() -> None:
         async with Connection(target.base_url, target.key) as api:
-            for box in left:
-                await Box(api, target, box.id).destroy()
+            for sandbox_id in left:
+                await Box(api, target, sandbox_id).destroy()
 
     await asyncio.gather(*(some() for _ in range(_AT_ONCE)))
 

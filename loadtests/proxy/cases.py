@@ -121,6 +121,39 @@ async def _change_routes(site: Site, api: control.Control, figures: dict[str, fl
         await asyncio.sleep(max(0.0, changes / CHANGES_PER_S - elapsed))
 
 
+def _and_nchan(events_per_s: float) -> tuple[Subject, Subject]:
+    """The same events of 200 bytes from both."""
+    return (
+        Subject("plane", peers.plane(), background=to_plane(events_per_s, 200)),
+        Subject("nchan", peers.nginx(), "nchan", background=to_nchan(events_per_s, 200)),
+    )
+
+
+def _sse(
+    name: str,
+    about: str,
+    subscribers: int,
+    subjects: Sequence[Subject],
+    bar: Bar,
+    *,
+    is_latency: bool = True,
+    is_held: bool = False,
+) -> Case:
+    """A case of event streams; besides `bar`, its subject may not fail once."""
+    return Case(
+        name=name,
+        about=about,
+        arguments=("sse", "--path", "/events", "--subscribers", str(subscribers)),
+        subjects=subjects,
+        bars=(bar, Bar("failures", bar.subject, None, at_most=0)),
+        unit="events",
+        is_latency=is_latency,
+        is_held=is_held,
+        host="localhost",
+        headers=(),
+    )
+
+
 CASES = (
     Case(
         name="http-1k",
@@ -215,63 +248,36 @@ CASES = (
             Bar("failures", "plane", None, at_most=0),
         ),
     ),
-    Case(
-        name="sse-fan-out",
-        about="2,000 subscribers of one topic, 50 events of 200 bytes a second: 100,000 deliveries a second are due.",
-        arguments=("sse", "--path", "/events", "--subscribers", "2000"),
-        subjects=(
-            Subject("plane", peers.plane(), background=to_plane(50, 200)),
-            Subject("nchan", peers.nginx(), "nchan", background=to_nchan(50, 200)),
-        ),
-        bars=(
-            Bar("per_core", "plane", "nchan", at_least=1.3),
-            Bar("failures", "plane", None, at_most=0),
-        ),
-        unit="events",
-        host="localhost",
-        headers=(),
+    _sse(
+        "sse-fan-out",
+        "2,000 subscribers of one topic, 50 events of 200 bytes a second: 100,000 deliveries a second are due.",
+        2000,
+        _and_nchan(50),
+        Bar("per_core", "plane", "nchan", at_least=1.3),
     ),
-    Case(
-        name="sse-fan-out-80",
-        about="The same with 80 events a second: 160,000 deliveries a second are due.",
-        arguments=("sse", "--path", "/events", "--subscribers", "2000"),
-        subjects=(
-            Subject("plane", peers.plane(), background=to_plane(80, 200)),
-            Subject("nchan", peers.nginx(), "nchan", background=to_nchan(80, 200)),
-        ),
-        bars=(Bar("rate", "plane", None, at_least=150_000), Bar("failures", "plane", None, at_most=0)),
-        unit="events",
-        host="localhost",
-        headers=(),
+    _sse(
+        "sse-fan-out-80",
+        "The same with 80 events a second: 160,000 deliveries a second are due.",
+        2000,
+        _and_nchan(80),
+        Bar("rate", "plane", None, at_least=150_000),
     ),
-    Case(
-        name="sse-stalled",
-        about="200 subscribers, 100 events of 2 KB a second, with and without ten more subscribers that never read.",
-        arguments=("sse", "--path", "/events", "--subscribers", "200"),
-        subjects=(
+    _sse(
+        "sse-stalled",
+        "200 subscribers, 100 events of 2 KB a second, with and without ten more subscribers that never read.",
+        200,
+        (
             Subject("plane", peers.plane(), background=to_plane(100, 2048)),
             Subject("plane, stalled", peers.plane(), background=to_plane(100, 2048), arguments=("--stalled", "10")),
         ),
-        bars=(
-            Bar("p99", "plane, stalled", "plane", at_most=1.1),
-            Bar("failures", "plane, stalled", None, at_most=0),
-        ),
-        unit="events",
-        host="localhost",
-        headers=(),
+        Bar("p99", "plane, stalled", "plane", at_most=1.1),
     ),
-    Case(
-        name="sse-idle",
-        about="15,000 subscribers to whom nothing is sent: what the process grows by for each, kernel memory left out.",
-        arguments=("sse", "--path", "/events", "--subscribers", "15000"),
-        subjects=(
-            Subject("plane", peers.plane(), background=to_plane(0.1, 200)),
-            Subject("nchan", peers.nginx(), "nchan", background=to_nchan(0.1, 200)),
-        ),
-        bars=(Bar("kib_each", "plane", None, at_most=4), Bar("failures", "plane", None, at_most=0)),
-        unit="events",
-        host="localhost",
-        headers=(),
+    _sse(
+        "sse-idle",
+        "15,000 subscribers to whom nothing is sent: what the process grows by for each, kernel memory left out.",
+        15_000,
+        _and_nchan(0.1),
+        Bar("kib_each", "plane", None, at_most=4),
         is_latency=False,
         is_held=True,
     ),
