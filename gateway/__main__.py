@@ -99,18 +99,15 @@ def _run_hostd(settings: Settings) -> int:
 
 
 async def _host_service(settings: Settings) -> None:
+    from gateway.children import settle_heap
     from gateway.host import host_config, host_driver
     from vmm.host.server import serve as serve_host
 
-    serving = asyncio.ensure_future(serve_host(host_config(settings), host_driver(settings), ready=_nothing))
+    serving = asyncio.ensure_future(serve_host(host_config(settings), host_driver(settings), ready=settle_heap))
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
     with contextlib.suppress(asyncio.CancelledError):
         await serving
-
-
-def _nothing() -> None:
-    """hostd is found ready by asking it."""
 
 
 if __name__ == "__main__":

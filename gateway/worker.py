@@ -16,6 +16,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gateway.children import settle_heap
 from gateway.observability import metrics
 from vmm.errors import VmmError
 from vmm.types import PoolStatus
@@ -58,6 +59,7 @@ class Worker:
         try:
             async with self._opening() as parts, _running(parts.background):
                 self._parts = parts
+                settle_heap()
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
         except Exception as error:
