@@ -286,6 +286,18 @@ async def test_connections_within_a_machine_count_in_its_copies_too(rig: Rig, tm
         (await unit.echo())[1].close()
 
 
+async def test_a_command_leaves_nothing_in_the_kernel(rig: Rig, tmp_path: Path) -> None:
+    unit = await rig.boot()
+    sizes = []
+    for number in range(2):
+        for _ in range(1 + 20 * number):
+            await unit.shell("true")
+        (draft := tmp_path / f"draft{number}").mkdir()
+        await unit.save(draft)
+        sizes.append((draft / "checkpoint.img").stat().st_size)
+    assert sizes[1] - sizes[0] < 20 * 20_000
+
+
 async def test_a_connection_attempt_without_an_answer_makes_it_fail_and_harms_nobody(rig: Rig, draft: Path) -> None:
     unit = await rig.writer()
     connect = "import socket; socket.create_connection(('10.255.255.1', 80))"

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::hooks;
 
 const USAGE: &str = "\
-usage: sandgate-agent [--listen ADDRESS:PORT] [--print-port] [--hooks DIRECTORY]
+usage: sandgate-agent [--listen ADDRESS:PORT] [--print-port] [--hooks DIRECTORY] [--no-oom-score]
 
 Runs inside a sandbox, usually as PID 1, and serves its host. The connection token is taken from the
 environment variable SANDGATE_AGENT_TOKEN.
@@ -14,6 +14,7 @@ environment variable SANDGATE_AGENT_TOKEN.
   --listen ADDRESS:PORT  where to listen (default 0.0.0.0:10700; port 0 picks a free one)
   --print-port           print the port once listening
   --hooks DIRECTORY      programs to run around snapshots and pauses (default /etc/sandgate/hooks.d)
+  --no-oom-score         leave /proc/<pid>/oom_score_adj alone: this kernel ends no single process
   --version              print the version
   --help                 print this
 ";
@@ -23,6 +24,7 @@ pub struct Args {
     pub listen: SocketAddr,
     pub print_port: bool,
     pub hooks: PathBuf,
+    pub no_oom_score: bool,
 }
 
 /// Why there is nothing to serve.
@@ -40,6 +42,7 @@ impl Args {
             listen: SocketAddr::from(([0, 0, 0, 0], 10_700)),
             print_port: false,
             hooks: PathBuf::from(hooks::DIRECTORY),
+            no_oom_score: false,
         };
         let mut arguments = arguments.into_iter();
         while let Some(argument) = arguments.next() {
@@ -50,6 +53,7 @@ impl Args {
                     parsed.listen = value.parse().map_err(mistake)?;
                 }
                 "--print-port" => parsed.print_port = true,
+                "--no-oom-score" => parsed.no_oom_score = true,
                 "--hooks" => match arguments.next() {
                     Some(directory) if !directory.is_empty() => parsed.hooks = directory.into(),
                     _ => return Err(Stop::Mistake("--hooks: a directory is missing".to_owned())),
@@ -84,6 +88,7 @@ mod tests {
         assert!(matches!(parse("--listen here"), Err(Stop::Mistake(_))));
         assert_eq!(parse("--hooks /x").unwrap().hooks, PathBuf::from("/x"));
         assert!(matches!(parse("--hooks"), Err(Stop::Mistake(_))));
+        assert!(parse("--no-oom-score").unwrap().no_oom_score);
         assert!(matches!(parse("--frobnicate"), Err(Stop::Mistake(_))));
         assert!(matches!(parse("--help"), Err(Stop::Answer(_))));
     }

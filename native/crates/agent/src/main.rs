@@ -95,7 +95,7 @@ fn serve(args: &Args, token: String) -> std::io::Result<()> {
             .filter(|(key, _)| !key.starts_with(OWN_PREFIX) && !OF_OUR_PARENT.contains(&key.as_str()))
             .collect(),
         nofile: raise_nofile(),
-        reset_oom_score: is_init && avoid_oom_killer(),
+        reset_oom_score: is_init && !args.no_oom_score && avoid_oom_killer(),
     };
     let listener = TcpListener::bind(args.listen)?;
     if args.print_port {
