@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.support.server import ROOT, ServerProcess
@@ -22,9 +22,13 @@ _SCENARIO_S = 240
 
 
 @pytest.fixture(scope="module")
-def crowd(server: ServerProcess) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: make_sandbox(server), range(_CROWD)))
+def crowd(server: ServerProcess) -> Iterator[None]:
+    headers = {"authorization": f"Bearer {server.api_key}"}
+    with httpx.Client(base_url=server.base_url, headers=headers, timeout=120) as api, ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: make_sandbox(api), range(_CROWD)))
+        yield
+        # Each would keep the processors a little busy for as long as the server runs.
+        list(pool.map(lambda sandbox_id: api.delete(f"/sandboxes/{sandbox_id}"), made))
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +52,10 @@ def runs(
         process.communicate()
 
 
-def make_sandbox(server: ServerProcess) -> None:
-    headers = {"authorization": f"Bearer {server.api_key}", "content-type": "application/json"}
-    body = b'{"memory_mb": 256, "timeout_sec": 1800}'
-    request = urllib.request.Request(f"{server.base_url}/sandboxes", body, headers, method="POST")
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        assert answer.status == 201
+def make_sandbox(api: httpx.Client) -> str:
+    made = api.post("/sandboxes", json={"memory_mb": 256, "timeout_sec": 1800})
+    assert made.status_code == 201, made.text
+    return str(made.json()["id"])
 
 
 def start(version: str, *servers: ServerProcess) -> subprocess.Popen[str]:
