@@ -16,7 +16,7 @@ from previews.streams import HEADER, OUTPUT_ORDER
 from tests.previews.conftest import StartPlane
 from tests.previews.harness import PATIENCE_S, Client, Exchange, Plane, unix_upstream
 from tests.previews.http2 import http2_client, pseudo
-from tests.previews.scripted import STREAM, Hostd
+from tests.previews.scripted import STREAM, Hostd, Link
 from tests.support.certificates import Authority
 
 OP = {"op": "exec", "id": "e1", "to": "m1", "shell": "true", "ends_with_client": True}
@@ -63,6 +63,15 @@ async def api(run_dir: Path) -> AsyncIterator[Api]:
 
 async def ask(client: Client, version: str = "1.1") -> None:
     await client.send(f"GET /output HTTP/{version}\r\nHost: localhost\r\n\r\n")
+
+
+async def begin(client: Client, hostd: Hostd) -> Link:
+    """Ask, and have the process start: the link that its output goes to."""
+    await ask(client)
+    link = await hostd.link()
+    await link.op()
+    link.reply()
+    return link
 
 
 async def until(client: Client, text: bytes) -> bytes:
@@ -124,10 +133,7 @@ async def test_a_refusal_is_an_ordinary_answer(
 @pytest.mark.usefixtures("api")
 async def test_a_broken_link_is_made_again_where_it_was(plane: Plane, hostd: Hostd) -> None:
     async with plane.client() as client:
-        await ask(client)
-        link = await hostd.link()
-        await link.op()
-        link.reply()
+        link = await begin(client, hostd)
         link.data(b"one\nt")
         await until(client, b"out:one")
         link.close()
@@ -146,10 +152,7 @@ async def test_a_broken_link_is_made_again_where_it_was(plane: Plane, hostd: Hos
         assert b"out:two\\n\n" in rest
         assert b"exit:0,null,exited,12\n" in rest
     async with plane.client() as client:
-        await ask(client)
-        link = await hostd.link()
-        await link.op()
-        link.reply()
+        link = await begin(client, hostd)
         link.data(b"one\n")
         await until(client, b"out:one")
         link.close()
@@ -162,10 +165,7 @@ async def test_a_broken_link_is_made_again_where_it_was(plane: Plane, hostd: Hos
 @pytest.mark.usefixtures("api")
 async def test_trouble_half_way_is_the_last_event(plane: Plane, hostd: Hostd) -> None:
     async with plane.client() as client:
-        await ask(client)
-        link = await hostd.link()
-        await link.op()
-        link.reply()
+        link = await begin(client, hostd)
         link.data(b"one\n")
         link.tell(frames.ERROR, {"code": "machine_not_running", "message": "x", "detail": "expired"})
         assert (await client.response()).body == b"open\nout:one\\n\nerror:off,It is off (expired).\n"
@@ -188,10 +188,7 @@ async def test_a_client_that_leaves_closes_the_link(plane: Plane, hostd: Hostd) 
 async def test_pauses(start_plane: StartPlane, hostd: Hostd, api: Api) -> None:
     plane = await start_plane("--stream-heartbeat-s", "0.3")
     async with plane.client() as client:
-        await ask(client)
-        link = await hostd.link()
-        await link.op()
-        link.reply()
+        link = await begin(client, hostd)
         link.data("50 % é".encode()[:-1], channel=3)
         await until(client, b"out:50 % \n")
         await until(client, b"beat\n")
@@ -202,10 +199,7 @@ async def test_pauses(start_plane: StartPlane, hostd: Hostd, api: Api) -> None:
 @pytest.mark.usefixtures("api")
 async def test_a_slow_client_holds_up_its_own_process(plane: Plane, hostd: Hostd) -> None:
     async with plane.client() as client:
-        await ask(client)
-        link = await hostd.link()
-        await link.op()
-        link.reply()
+        link = await begin(client, hostd)
         client.writer.transport.pause_reading()  # type: ignore[attr-defined]
         credit, sent, line = 1024 * 1024, 0, b"x" * 1023 + b"\n"
         with contextlib.suppress(TimeoutError):

@@ -51,6 +51,13 @@ async def machines(engine: Engine) -> list[str]:
     return [machine.id for machine in listed if machine.state is not MachineState.STOPPED]
 
 
+async def until_printed(engine: Engine, principal: Principal, build: Build, lines: int = 1) -> None:
+    """Wait until the commands of a build have printed so many lines."""
+    async with asyncio.timeout(60):
+        while len(texts(await engine.get_build_log(principal, GetBuildLog(build.id)), "stdout")) < lines:
+            await asyncio.sleep(0.02)
+
+
 async def until_machines(engine: Engine, wanted: list[str]) -> None:
     """A builder's machine goes just after its build has ended."""
     async with asyncio.timeout(60):
@@ -319,14 +326,10 @@ async def test_a_builder_that_only_seemed_dead_changes_nothing(engine: Engine, p
     """Two builders of one build: the one that was given up has no say any more."""
     template = await make(engine, principal, spec("echo here", "sleep 1000"))
     first = await newest(engine, principal, template)
-    async with asyncio.timeout(60):
-        while not texts(await engine.get_build_log(principal, GetBuildLog(first.id)), "stdout"):
-            await asyncio.sleep(0.02)
+    await until_printed(engine, principal, first)
     elsewhere = Engine(engine.context)
     await Reconciler(elsewhere, Pace(silent_s=-60.0)).reconcile()
-    async with asyncio.timeout(60):
-        while len(texts(await engine.get_build_log(principal, GetBuildLog(first.id)), "stdout")) < 2:
-            await asyncio.sleep(0.02)
+    await until_printed(engine, principal, first, lines=2)
     again = await engine.get_build(principal, GetBuild(first.id))
     assert (again.state, again.restarts) == (BuildState.BUILDING, 1)
     await until_machines(engine, [again.machine_id])
@@ -338,9 +341,7 @@ async def test_a_builder_that_only_seemed_dead_changes_nothing(engine: Engine, p
 async def test_a_builder_at_work_keeps_its_machine(engine: Engine, principal: Principal) -> None:
     template = await make(engine, principal, spec("echo here", "sleep 1000"))
     build = await newest(engine, principal, template)
-    async with asyncio.timeout(60):
-        while not texts(await engine.get_build_log(principal, GetBuildLog(build.id)), "stdout"):
-            await asyncio.sleep(0.02)
+    await until_printed(engine, principal, build)
     await Reconciler(engine, Pace(orphan_s=0.0)).reconcile()
     assert await machines(engine) == [build.machine_id]
 
@@ -348,9 +349,7 @@ async def test_a_builder_at_work_keeps_its_machine(engine: Engine, principal: Pr
 async def test_a_server_that_stops_leaves_its_builds_to_the_next(engine: Engine, principal: Principal) -> None:
     template = await make(engine, principal, spec("echo here", "sleep 1000"))
     build = await newest(engine, principal, template)
-    async with asyncio.timeout(60):
-        while not texts(await engine.get_build_log(principal, GetBuildLog(build.id)), "stdout"):
-            await asyncio.sleep(0.02)
+    await until_printed(engine, principal, build)
     await engine.close()
     found = await engine.get_build(principal, GetBuild(build.id))
     assert (found.state, found.step, found.error_detail) == (BuildState.QUEUED, 0, None)
