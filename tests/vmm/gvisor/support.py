@@ -9,11 +9,16 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import native
+from tests.support.host import CACHE
 from vmm.agent import Agent
 from vmm.client import HostClient
-from vmm.drivers.gvisor.config import instance_id
+from vmm.drivers.gvisor.config import GvisorConfig, instance_id
+from vmm.drivers.gvisor.driver import GvisorDriver
 from vmm.guest import Command, Completed
+from vmm.templates.store import TemplateStore
 from vmm.types import MachineInfo
 
 _RUN_TIMEOUT_S = 60
@@ -116,6 +121,19 @@ def listening_everywhere() -> Iterator[int]:
 
     with socket.create_server(("0.0.0.0", 0)) as server:
         yield server.getsockname()[1]
+
+
+@asynccontextmanager
+async def opened_driver(home: Path, **options: Any) -> AsyncIterator[GvisorDriver]:
+    """A driver in this process, of which nothing is left afterwards. options: as the driver takes them."""
+    config = GvisorConfig.for_home(home, pool_size=1)
+    driver = GvisorDriver(config, TemplateStore(CACHE, native.agent_path()), **options)
+    await driver.open()
+    await driver.sweep([])
+    yield driver
+    await driver.sweep([])
+    await driver.close()
+    await until(lambda: not traces(home))
 
 
 def traces(home: Path) -> dict[str, list[str]]:

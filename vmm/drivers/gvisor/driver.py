@@ -27,6 +27,7 @@ from vmm.drivers.gvisor.config import GvisorConfig
 from vmm.drivers.gvisor.launch import Resources
 from vmm.drivers.gvisor.network import Slot
 from vmm.drivers.gvisor.supplies import Supplies, Supply
+from vmm.drivers.gvisor.turns import Turns
 from vmm.drivers.gvisor.unit import Unit
 from vmm.errors import MachineError
 from vmm.tasks import run_in_background, stop
@@ -47,18 +48,21 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class GvisorDriver:
-    """See `vmm.drivers.base.Driver`."""
+    """See `vmm.drivers.base.Driver`. processor_times: a file as /proc/stat."""
 
     name = "gvisor"
 
-    def __init__(self, config: GvisorConfig, templates: TemplateStore) -> None:
+    def __init__(
+        self, config: GvisorConfig, templates: TemplateStore, *, processor_times: Path = Path("/proc/stat")
+    ) -> None:
         self._config = config
         self._templates = templates
         self._groups = cgroups.Groups(cgroups.find_hierarchy(), config.instance)
         self._starters = ThreadPoolExecutor(config.starts_max, "runsc")
         self._units: dict[str, Unit] = {}
         self._resolvers: tuple[str, ...] = ()
-        self._reaper: asyncio.Task[None] | None = None
+        self._turns = Turns(self._living, processor_times)
+        self._tasks: list[asyncio.Task[None]] = []
         self._release = ""
         self._runsc: runsc.Runsc
         self._block: network.Block
@@ -80,7 +84,7 @@ class GvisorDriver:
             raise MachineError("driver_failed", "the host cannot be set up for machines", detail=str(error)) from error
         default = MachineSpec(id="", template="", hostname="")
         self._supplies = Supplies(self._config, self._block, disk_mib=default.disk_mib)
-        self._reaper = run_in_background(self._reap(), "reaper")
+        self._tasks = [run_in_background(self._reap(), "reaper"), run_in_background(self._turns.watch(), "turns")]
 
     def _open(self) -> None:
         if os.geteuid() != 0:
@@ -118,7 +122,8 @@ class GvisorDriver:
     async def close(self) -> None:
         if self._supplies is None:
             return  # `open` did not get far enough to leave anything
-        await stop(self._reaper)
+        for task in self._tasks:
+            await stop(task)
         await self._supplies.close()
         await asyncio.to_thread(self._starters.shutdown)
         for made in self._units.values():
@@ -351,8 +356,11 @@ class GvisorDriver:
         processes.reap_orphans(spare=self._watched())
         return not pids and self._groups.remove(unit)
 
+    def _living(self) -> list[Unit]:
+        return [machine for machine in list(self._units.values()) if not machine.ended.is_set()]
+
     def _watched(self) -> set[int]:
-        return {machine.pid for machine in list(self._units.values()) if not machine.ended.is_set()}
+        return {machine.pid for machine in self._living()}
 
     def _watch(self, unit: str, made: Unit) -> None:
         self._units[unit] = made

@@ -33,6 +33,8 @@ class Unit:
     is_frozen: bool = False
     #: Whether gVisor's count of open connections is right: it leaves out those that an image has brought along.
     counts_connections: bool = False
+    #: Whether its kernel's threads are scheduled as on a busy host, None before anybody looked: see `turns`.
+    is_urgent: bool | None = None
 
     def facts(self) -> dict[str, Any]:
         """What `adopted` needs to know, as JSON values."""

@@ -106,6 +106,66 @@ pub fn drop_capabilities() -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) })
 }
 
+/// Have a system call fail whose first argument is this one, for good, here and in every process that comes of this one.
+pub fn refuse(call: libc::c_long, argument: u32, errno: i32) -> io::Result<()> {
+    const LOAD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    const JUMP_IF_EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
+    // Of `seccomp_data`: the call's number, and the lower half of its first argument on this processor.
+    const NUMBER: u32 = 0;
+    const FIRST_ARGUMENT: u32 = 16;
+    let step = |code: u32, k: u32, or_skip: u8| libc::sock_filter { code: code as u16, jt: 0, jf: or_skip, k };
+    let mut steps = [
+        step(LOAD, NUMBER, 0),
+        step(JUMP_IF_EQUAL, call as u32, 3),
+        step(LOAD, FIRST_ARGUMENT, 0),
+        step(JUMP_IF_EQUAL, argument, 1),
+        step(RETURN, libc::SECCOMP_RET_ERRNO | errno as u32, 0),
+        step(RETURN, libc::SECCOMP_RET_ALLOW, 0),
+    ];
+    let filter = libc::sock_fprog { len: steps.len() as u16, filter: steps.as_mut_ptr() };
+    // SAFETY: the filter and its steps outlive the call, which copies them.
+    check(unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) }.into())
+}
+
+/// What `sched_setattr` takes, in its first version.
+#[repr(C)]
+#[derive(Default)]
+struct SchedulingAttributes {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime_ns: u64,
+    deadline_ns: u64,
+    period_ns: u64,
+}
+
+/// Be scheduled by this policy, in turns of this length.
+pub fn schedule(policy: libc::c_int, turn_ns: u64) -> io::Result<()> {
+    let size = size_of::<SchedulingAttributes>() as u32;
+    // SAFETY: takes integers only. How nice it is stays as it is: a lower value would need a right.
+    let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+    let wanted = SchedulingAttributes { size, policy: policy as u32, nice, runtime_ns: turn_ns, ..Default::default() };
+    // SAFETY: the structure is as long as it says and outlives the call; 0 is this thread.
+    check(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const wanted, 0) })
+}
+
+#[cfg(test)]
+pub fn policy() -> io::Result<libc::c_int> {
+    // SAFETY: takes an integer; 0 is this thread.
+    let policy = unsafe { libc::sched_getscheduler(0) };
+    if policy < 0 { Err(io::Error::last_os_error()) } else { Ok(policy) }
+}
+
+#[cfg(test)]
+pub fn arch_prctl(what: libc::c_int, argument: libc::c_ulong) -> io::Result<i64> {
+    // SAFETY: for the codes that take integers only.
+    let answer = unsafe { libc::syscall(libc::SYS_arch_prctl, what, argument) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(answer) }
+}
+
 fn check(result: libc::c_long) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

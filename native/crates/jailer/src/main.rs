@@ -6,12 +6,14 @@
 //!
 //! It joins the control groups and the network namespace it is given, and becomes `nobody` in user, mount, IPC and UTS
 //! namespaces of its own, without any capability. Its file tree is empty and read-only but for `/etc/localtime` and
-//! `/proc`; the latter goes when a byte arrives on its descriptor. Of the descriptors, the program inherits the first ones
-//! but for those two. A step that fails is told on standard error, and nothing is started.
+//! `/proc`; the latter goes when a byte arrives on its descriptor. How processors serve it is said in `processor`. Of
+//! the descriptors, the program inherits the first ones but for those two. A step that fails is told on standard error,
+//! and nothing is started.
 
 mod call_unsafe;
 mod identity;
 mod options;
+mod processor;
 mod tree;
 
 use std::ffi::CString;
@@ -76,6 +78,8 @@ fn prepare(options: &Options) -> Step<fs::File> {
     identity::become_nobody()?;
     tree::enter()?;
     tree::unmount_proc_after(options.proc_until)?;
+    processor::take_turns()?;
+    processor::keep_cpuid()?;
     identity::drop_capabilities()?;
     Ok(program)
 }
