@@ -33,6 +33,7 @@ def host_config(settings: Settings) -> HostConfig:
         images_mib_max=settings.images_mib_max,
         pack_after_s=settings.pack_after_s,
         pool=pool_config(settings),
+        backing_mib=settings.backing_mib,
     )
 
 

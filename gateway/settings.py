@@ -245,6 +245,14 @@ class Settings:
     pool_memory_share: Annotated[
         float, Row("Share of the host's memory that all of these may take.", least=0, most=1)
     ] = 0.25
+    backing_mib: Annotated[
+        int,
+        Row(
+            "Memory kept backed by the hypervisor for saves, restores and starts, where that helps; at most a 16th of"
+            " the host's; 0: none.",
+            least=0,
+        ),
+    ] = 1024
     reclaim_after_s: Annotated[
         float, Row("How long a sandbox is frozen before its memory is given back; its next wake takes longer.", least=0)
     ] = 10.0

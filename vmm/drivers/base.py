@@ -80,7 +80,8 @@ class ImageFiles:
     """A saved unit as `restore` reads it. Whoever opened it has verified it and keeps it until `restore` returns.
 
     directory: the files that `save` wrote, by the names it gave them.
-    token: what the agent in it asks of whoever connects.  shape: what it was saved from.  is_quiet: as in `Saved`.
+    token: what the agent in it asks of whoever connects.  shape: what it was saved from.
+    is_quiet, size_bytes: as in `Saved`.
     """
 
     id: str
@@ -90,6 +91,7 @@ class ImageFiles:
     template_digest: str
     runtime: str
     is_quiet: bool = False
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ class HostConfig:
     images_mib_max: what all images may take on the disk; a snapshot above it fails with `no_space`.
     pack_after_s: how long nobody has needed an image before it is compressed; it is unpacked when it is needed again.
     pool: what is made ahead of its use.
+    backing_mib: memory kept backed by the hypervisor for saves, restores and starts (`vmm.host.backing`).
     ended_kept_s: how long an ended machine is still listed, so that a client that was away learns why it ended.
     """
 
@@ -70,4 +71,5 @@ class HostConfig:
     images_mib_max: int = 65_536
     pack_after_s: float = 3600.0
     pool: PoolConfig = PoolConfig()
+    backing_mib: int = 0
     ended_kept_s: float = 3600.0

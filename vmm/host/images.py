@@ -18,11 +18,16 @@ from typing import BinaryIO, ParamSpec, TypeVar
 from vmm.drivers.base import Driver, ImageFiles, Saved, Shape
 from vmm.errors import MachineError
 from vmm.host import pipes
+from vmm.host.backing import Backing
 from vmm.host.crash import point
 from vmm.host.journal import Record
 from vmm.images.manifest import Manifest
 from vmm.images.store import ImageStore
 from vmm.types import SnapshotStep
+
+#: What gVisor and the file system need to save a machine, besides a page for each that they write.
+_SAVE_MIB = 16
+_MIB = 1024 * 1024
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +51,10 @@ class Capture:
 class Images:
     """store: where they lie.  is_needed: whether any record names an image."""
 
-    def __init__(self, store: ImageStore, driver: Driver, is_needed: Callable[[str], bool]) -> None:
+    def __init__(self, store: ImageStore, driver: Driver, backing: Backing, is_needed: Callable[[str], bool]) -> None:
         self._store = store
         self._driver = driver
+        self._backing = backing
         self._is_needed = is_needed
         self._deletions: set[asyncio.Task[None]] = set()
         #: When an image was opened last, by the monotonic clock.
@@ -67,6 +73,8 @@ class Images:
         """Save a unit into a draft. Raises MachineError; then nothing is left of it."""
         try:
             draft = await _in_thread(self._store.draft, image)
+            held = await self._driver.stats(unit)
+            self._backing.release(held.memory_bytes / _MIB + _SAVE_MIB)
             return await self._driver.save(unit, draft)
         except BaseException:
             self._store.discard(image)

@@ -14,6 +14,7 @@ import orjson
 from vmm.drivers.base import Driver
 from vmm.errors import MachineError, VmmError
 from vmm.host.admission import available_memory_bytes, check_disk, check_id, check_memory, check_spec
+from vmm.host.backing import Backing
 from vmm.host.body import Parts, ended_lost
 from vmm.host.config import HostConfig
 from vmm.host.history import History
@@ -78,16 +79,18 @@ class Machines:
         self._chores: list[asyncio.Task[None]] = []
         self.snapshots = Snapshots(Journal(host / "snapshots", SnapshotRecord), self._changed)
         store = ImageStore(host / "images", disk_mib_max=config.images_mib_max)
-        self._images = Images(store, driver, self._is_needed)
+        reserve_mib = max(config.memory_reserve_mib, config.hibernate_below_mib)
+        self._backing = Backing(config.backing_mib, available_bytes=available_bytes, reserve_mib=reserve_mib)
+        self._images = Images(store, driver, self._backing, self._is_needed)
         self.snapshots.images = self._images
         self.history = History(self._running, self.stats)
-        self._units = Units(driver, boot_timeout_s=config.boot_timeout_s)
+        self._units = Units(driver, self._backing, boot_timeout_s=config.boot_timeout_s)
         self.pool = Pool(
             driver,
             self._units,
             config.pool,
             available_bytes=available_bytes,
-            reserve_mib=max(config.memory_reserve_mib, config.hibernate_below_mib),
+            reserve_mib=reserve_mib,
         )
         self._parts = Parts(
             driver,
@@ -113,6 +116,7 @@ class Machines:
         await asyncio.to_thread(self._images.sweep)
         self._chores = [run_in_background(self._tidy(), "tidier"), run_in_background(self._relieve(), "relief")]
         self._chores.append(run_in_background(self.history.run(), "history"))
+        self._backing.start()
         self.pool.start()
 
     async def _recover(self, record: Record) -> None:
@@ -132,6 +136,7 @@ class Machines:
         self._is_closing = True
         for chore in self._chores:
             await stop(chore)
+        await asyncio.to_thread(self._backing.close)
         await self.pool.close()
         for machine in self._machines.values():
             if machine.record.is_paused:

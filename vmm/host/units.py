@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from vmm.drivers.base import Driver, ImageFiles, Placement, Shape
 from vmm.errors import AgentError, MachineError, VmmError
 from vmm.guest import HooksRun, HookStage
+from vmm.host.backing import Backing
 from vmm.host.crash import point
 from vmm.host.line import AgentLine
 from vmm.host.names import warm_up, write_names
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 _DESTROY_ATTEMPTS = 3
 _DESTROY_RETRY_S = 1.0
+#: MiB that a sandbox takes anew: its kernel, its first process, and reading an image besides what is in it.
+_SHELL_MIB, _BOOT_MIB, _RESTORE_MIB = 12, 24, 24
+_MIB = 1024 * 1024
 _GIVEN_UP = MachineError("machine_not_running", "the machine runs elsewhere now")
 
 
@@ -54,8 +58,9 @@ class Shell:
 class Units:
     """boot_timeout_s: from the start of a unit to the first answer of its agent."""
 
-    def __init__(self, driver: Driver, *, boot_timeout_s: float) -> None:
+    def __init__(self, driver: Driver, backing: Backing, *, boot_timeout_s: float) -> None:
         self._driver = driver
+        self._backing = backing
         self._boot_timeout_s = boot_timeout_s
         self._ends: set[asyncio.Task[str | None]] = set()
 
@@ -94,6 +99,7 @@ class Units:
         origin = Origin.COLD if shell is None else Origin.SHELL
         given = shell or _new_shell()
         async with self._undone_on_failure(given.id):
+            self._backing.release(_BOOT_MIB if shell else _SHELL_MIB + _BOOT_MIB)
             if shell is None:
                 placement = await self._driver.start(given.id, Shape.of(spec), token=given.token)
             else:
@@ -115,7 +121,9 @@ class Units:
         unit = (shell or _new_shell()).id
         async with self._undone_on_failure(unit):
             if shell is None:
+                self._backing.release(_SHELL_MIB)
                 await self._driver.prepare(unit, image.shape, token=image.token)
+            self._backing.release(image.size_bytes / _MIB + _RESTORE_MIB)
             point("restore.prepared")
             placement = await self._driver.restore(unit, image)
             point("restore.restored")

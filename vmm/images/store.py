@@ -188,6 +188,7 @@ class ImageStore:
                 manifest.template_digest,
                 manifest.runtime,
                 manifest.is_quiet,
+                manifest.size_bytes,
             )
 
     def delete(self, image_id: str) -> bool:
