@@ -39,9 +39,10 @@ class ServerProcess:
             "SANDGATE_HOME": str(home),
             "SANDGATE_LISTEN": f"127.0.0.1:{self.port}",
             "SANDGATE_ADMIN_LISTEN": f"127.0.0.1:{admin_port}",
-            # Tests count sandboxes and the host's resources; those of the pool want one.
+            # Tests count sandboxes and the host's resources; those of the pool want one. Filling takes processor time.
             "SANDGATE_POOL_READY_MAX": "0",
             "SANDGATE_POOL_SHELLS_MAX": "0",
+            "SANDGATE_BACKING_MIB": "0",
             **{f"SANDGATE_{name.upper()}": str(value) for name, value in settings.items()},
         }
         self._process: subprocess.Popen[bytes] | None = None
