@@ -66,5 +66,6 @@ def host_driver(settings: Settings) -> Driver:
         egress_allow=words(settings.egress_allow),
         resolvers=words(settings.resolvers),
         pool_size=settings.pool_size,
+        rcu_expedited=settings.rcu_expedited,
     )
     return GvisorDriver(config, TemplateStore(settings.cache, agent_path()))

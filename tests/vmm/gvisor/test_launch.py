@@ -160,6 +160,17 @@ async def test_what_hostd_has_open_stays_with_hostd(driver: GvisorDriver, tmp_pa
     assert ".open" not in Process(placement.facts["pid"]).files
 
 
+async def test_no_start_waits_for_a_grace_period(tmp_path: Path) -> None:
+    setting = Path("/sys/kernel/rcu_expedited")
+    before = setting.read_text()
+    setting.write_text("0")
+    try:
+        async with opened_driver(tmp_path / "home"):
+            assert setting.read_text().strip() == "1"
+    finally:
+        setting.write_text(before)
+
+
 async def test_a_sandbox_that_does_not_start_says_why(driver: GvisorDriver, tmp_path: Path) -> None:
     with (tmp_path / "network").open("w") as no_network:
         parts = Resources(Path("/dev/null"), str(tmp_path), no_network.fileno(), [], 1.0, 1 << 29)

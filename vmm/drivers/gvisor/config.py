@@ -19,6 +19,7 @@ class GvisorConfig:
     resolvers: name servers for guests; none means those of the host.
     pool_size: links and disks kept ready, so that a start does not wait for them.
     starts_max: machines started at once; more only makes each slower, as starting is bound by CPU.
+    rcu_expedited: have the kernel end every RCU grace period at once.
     """
 
     instance: str
@@ -29,6 +30,7 @@ class GvisorConfig:
     resolvers: tuple[str, ...] = ()
     pool_size: int = 4
     starts_max: int = 4
+    rcu_expedited: bool = True
 
     @staticmethod
     def for_home(home: Path, **settings: object) -> GvisorConfig:

@@ -11,8 +11,8 @@ milliseconds, each time. While the host is that busy, the kernels' threads are s
 once. The guests' stay as they are: it is for their work that strangers would wait.
 
 Measured with two processors, p50: `true` takes 21 ms as usual and 8 by turns on an idle host, `python3 -c pass` 58 and
-26. With two more sandboxes that compute without end the latter takes 49 and 59, but 77 and 190 in the mean, which is why
-there are both.
+26. With two more sandboxes that compute without end the latter takes 49 and 59, but 77 and 190 in the mean, which is
+why there are both.
 """
 
 from __future__ import annotations
