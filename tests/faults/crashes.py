@@ -138,6 +138,8 @@ class Scene:
             await asyncio.sleep(0.02)
         drafts = [path for path in (self.host.home / "host").rglob("*") if path.suffix in (".new", ".draft")]
         assert drafts == []
+        for spare in (self.host.home / "host").rglob("*.spare"):
+            assert spare.with_suffix(".json").exists(), "the spare file of a record that is gone"
 
 
 def child(machine_id: str) -> ChildSpec:
@@ -253,7 +255,7 @@ CASES: dict[str, Case] = {
     "pause": Case(running, pause, FREEZE),
     "hibernate": Case(running, hibernate, [*FREEZE, *HIBERNATE]),
     "hibernate-frozen": Case(frozen, hibernate, HIBERNATE),
-    "resume-frozen": Case(frozen, resume, ["thaw.written", "thaw.thawed"]),
+    "resume-frozen": Case(frozen, resume, ["thaw.thawed", "thaw.written"]),
     "resume-hibernated": Case(hibernated, resume, WAKE),
     "use-hibernated": Case(hibernated, Scene.content, WAKE),
     "snapshot": Case(running, snapshot, SNAPSHOT),

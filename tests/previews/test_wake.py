@@ -13,6 +13,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection, serve
 
+from native import frames
 from previews.plane import PlaneClient
 from previews.routes import PortRoute
 from tests.previews.conftest import StartPlane
@@ -27,6 +28,7 @@ from tests.previews.harness import (
     sandbox_id,
     tcp_upstream,
 )
+from tests.previews.scripted import Hostd
 
 ID = sandbox_id("demo")
 ASLEEP = ["frozen", "hibernated"]
@@ -241,6 +243,89 @@ async def test_a_sandbox_that_falls_asleep_under_a_request_is_woken(plane: Plane
         await eventually(lambda: woken == [ID], "asked")
         released.set()
         assert (await request).body == b"late"
+
+
+async def resumed(hostd: Hostd, **machine: str) -> None:
+    """Let hostd be asked to resume the sandbox, and answer with a machine."""
+    link = await hostd.link()
+    assert await link.op() == {"op": "machine.resume", "id": ID}
+    link.tell(frames.REPLY, {"id": ID, "state": "running", "address": "127.0.0.1"} | machine)
+
+
+async def test_a_frozen_sandbox_is_woken_without_the_api(plane: Plane, hostd: Hostd) -> None:
+    async with listening(plane) as woken, tcp_upstream(describe) as upstream:
+        ports = {upstream.port: PUBLIC}
+        await plane.put(state="frozen", ports=ports)
+        requests = [begin(plane, upstream.port) for _ in range(5)]
+        await held(plane, 5)
+        assert upstream.requests == []
+        await resumed(hostd)
+        # The record says that it sleeps, still.
+        assert [(await request).status for request in requests] == [200] * 5
+        # Hostd's word does not stand for ever: it may be frozen again.
+        async with asyncio.timeout(PATIENCE_S):
+            while await plane.metric("sandgate_plane_wakes_total") < 2:
+                later = begin(plane, upstream.port)
+                await asyncio.wait([later], timeout=0.2)
+        await resumed(hostd)
+        assert (await later).status == 200
+        # And it counts for one record only.
+        await plane.put(state="frozen", ports=ports)
+        last = begin(plane, upstream.port)
+        await resumed(hostd)
+        assert (await last).status == 200
+        assert woken == []
+
+
+@pytest.mark.parametrize("answer", ["elsewhere", "asleep", "refused", "lost"])
+async def test_the_api_judges_a_wake_that_did_not_go_as_it_should(plane: Plane, hostd: Hostd, answer: str) -> None:
+    async with listening(plane) as woken, tcp_upstream(describe) as upstream:
+        ports = {upstream.port: PUBLIC}
+        await plane.put(state="frozen", ports=ports)
+        request = begin(plane, upstream.port)
+        if answer == "elsewhere":
+            await resumed(hostd, address="127.0.0.2")
+        elif answer == "asleep":
+            await resumed(hostd, state="hibernated")
+        else:
+            link = await hostd.link()
+            await link.op()
+            if answer == "refused":
+                link.tell(frames.ERROR, {"code": "no_capacity", "message": "no room"})
+            else:
+                link.close()
+        await eventually(lambda: woken == [ID], "asked")
+        assert upstream.requests == []
+        await plane.put(ports=ports)
+        assert (await request).status == 200
+
+
+async def test_a_record_that_comes_first_outdoes_the_hosts_word(plane: Plane, hostd: Hostd) -> None:
+    async with listening(plane), tcp_upstream(describe) as upstream:
+        ports = {upstream.port: PUBLIC}
+        await plane.put(state="frozen", ports=ports)
+        request = begin(plane, upstream.port)
+        link = await hostd.link()
+        await link.op()
+        # It woke and fell asleep again while the answer was on its way.
+        await plane.put(ports=ports)
+        assert (await request).status == 200
+        await plane.put(state="frozen", ports=ports)
+        link.tell(frames.REPLY, {"id": ID, "state": "running", "address": "127.0.0.1"})
+        assert await link.rest() == []
+        again = begin(plane, upstream.port)
+        await resumed(hostd)
+        assert (await again).status == 200
+
+
+async def test_a_hibernated_sandbox_is_the_apis_to_wake(plane: Plane, hostd: Hostd) -> None:
+    async with listening(plane) as woken:
+        await plane.put(state="hibernated", ports={1: PUBLIC})
+        request = begin(plane, 1)
+        await eventually(lambda: woken == [ID], "asked")
+        assert hostd.writers == []
+        await plane.control.drop_sandbox(ID, plane.version())
+        await request
 
 
 @contextlib.asynccontextmanager

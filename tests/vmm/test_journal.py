@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tests.support.host import machine_spec
@@ -27,6 +28,24 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     journal.remove(record.spec.id)
     journal.remove(record.spec.id)
     assert journal.load() == []
+
+
+def test_the_last_of_many_records_counts_and_nothing_else_is_kept(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, Record)
+    record = _record()
+    for length in (10, 5000, 1, 300, 0):
+        record = replace(record, detail="x" * length)
+        journal.save(record)
+        assert Journal(tmp_path, Record).load() == [record]
+        journal.save(record)
+        journal.save(record)
+    # A hostd died while it wrote: what the record was before still counts.
+    (tmp_path / f"{record.id}.spare").write_bytes(b'{"spec": {"id"')
+    assert journal.load() == [record]
+    journal.save(record)
+    journal.save(record)
+    journal.remove(record.id)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_records_are_for_their_owner_only(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@
                                                         └── on an error ─┘
     any ─end─▶ stopping ─▶ stopped(cause), failed(cause)
 
-Each move writes its record before it acts, and is undone when it fails or is cancelled: the machine is then in the
-state that it came from. What is new is complete before the old goes: a restore prepares another unit while this one
+Each move but a thaw writes its record before it acts, and is undone when it fails or is cancelled: the machine is then
+in the state that it came from. What is new is complete before the old goes: a restore prepares another unit while this one
 runs on, a hibernation frees the unit once its image is published. `vmm.host.journal` says what a restart makes of each
 record; `vmm.host.crash` points name the places where it matters.
 """
@@ -42,8 +42,8 @@ from vmm.types import MachineInfo, MachineState, Origin, StopCause
 
 logger = logging.getLogger(__name__)
 
-#: From a thaw to the hooks after it: who has woken the machine mostly has an answer by then.
-_HOOKS_REST_S = 0.02
+#: From a thaw to its news, and from there to the hooks: who has woken the machine mostly has an answer by then.
+_NEWS_REST_S, _HOOKS_REST_S = 0.002, 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,21 +265,24 @@ class Body:
         return True
 
     async def _thaw(self) -> None:
-        unit, frozen_at = self._running(), self.record.frozen_at
-        self._write(state=MachineState.RUNNING, frozen_at=None, last_active_at=time.time(), detail=None)
-        point("thaw.written")
-        try:
-            await self._parts.driver.thaw(unit.id)
-        except BaseException:
-            self._retreat(state=MachineState.FROZEN, frozen_at=frozen_at)
-            raise
+        unit = self._running()
+        # First of all: its guest comes to while the record is written. One that says frozen still is made true again.
+        await self._parts.driver.thaw(unit.id)
         point("thaw.thawed")
+        try:
+            self._write(state=MachineState.RUNNING, frozen_at=None, last_active_at=time.time(), detail=None)
+        except BaseException:
+            with contextlib.suppress(MachineError):
+                await self._parts.driver.freeze(unit.id)
+            raise
+        point("thaw.written")
         self.line.release()
-        self.tell()
-        # Whoever waits for the machine does not wait for its hooks, nor for a processor that they keep busy.
         self._hooks = run_in_background(self._after_resume(), f"after-resume {self.record.id}")
 
     async def _after_resume(self) -> None:
+        """What nobody waits for who waits for the machine, nor for a processor that it keeps busy."""
+        await asyncio.sleep(_NEWS_REST_S)
+        self.tell()
         await asyncio.sleep(_HOOKS_REST_S)
         if self.record.state is MachineState.RUNNING:
             await self._run_hooks(HookStage.AFTER_RESUME)

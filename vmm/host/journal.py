@@ -11,7 +11,7 @@ A record is written before the step it announces. After a restart each state mea
 
 A pending snapshot without a complete image was never taken. Units that no record names are swept, images too.
 
-Files are replaced by rename, so a reader finds the old record or the new one. They are not synced to disk: most of a
+Files change places, so a reader finds the old record or the new one. They are not synced to disk: most of a
 record describes processes, and whatever loses the page cache has ended those too. The exception is an image's owner:
 that record is synced, for the image outlives the host's restart.
 """
@@ -34,7 +34,8 @@ from vmm.types import IdleAction, MachineInfo, MachineSpec, MachineState, Origin
 logger = logging.getLogger(__name__)
 
 
-_DRAFT = ".new"
+#: A record, and where the next is written that takes its place: the old one is there afterwards.
+_RECORD, _SPARE = ".json", ".spare"
 
 #: States in which nothing of the machine executes, but all of it is kept.
 PAUSED = frozenset({MachineState.FROZEN, MachineState.HIBERNATING, MachineState.HIBERNATED, MachineState.WAKING})
@@ -153,17 +154,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def _give_name(draft: str, path: str) -> None:
-    """Put a draft in a file's place, at one instant.
+def _change_places(spare: str, path: str) -> None:
+    """Put one file in another's place, at one instant.
 
     By exchange, because ext4 begins to write a file to the disk when it is renamed over another: on a busy disk that is
-    a millisecond, which nobody asked for. A draft that is left behind holds the old record and is dropped by `load`.
+    a millisecond, which nobody asked for.
     """
-    names = os.fsencode(draft), os.fsencode(path)
-    if _libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
-        Path(draft).unlink()
-    else:  # there is no such file yet, or the file system cannot exchange
-        Path(draft).rename(path)
+    names = os.fsencode(spare), os.fsencode(path)
+    if _libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) != 0:
+        # There is no such file yet, or the file system cannot exchange.
+        Path(spare).rename(path)
 
 
 @dataclass(slots=True)
@@ -177,9 +177,10 @@ class Journal(Generic[T]):
         """Read every record. One that cannot be read is dropped with a warning: its units and images will be swept."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         records = []
-        for draft in self.directory.glob(f"*{_DRAFT}"):
-            draft.unlink()
         for path in sorted(self.directory.iterdir()):
+            if path.suffix != _RECORD:
+                path.unlink()
+                continue
             try:
                 records.append(msgspec.convert(orjson.loads(path.read_bytes()), self.shape))
             except (OSError, orjson.JSONDecodeError, msgspec.ValidationError) as error:
@@ -189,16 +190,17 @@ class Journal(Generic[T]):
 
     def save(self, record: T) -> None:
         """Write a record in place of the earlier one. Raises OSError."""
-        path = self._path(record.id)
-        draft = f"{self.directory}/{record.id}{_DRAFT}"
+        spare = self._spare(record.id)
         content = orjson.dumps(record)
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        # Not O_TRUNC: ext4 begins to write a file to the disk when it is closed after that, too.
+        descriptor = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            os.ftruncate(descriptor, len(content))
             while content:
                 content = content[os.write(descriptor, content) :]
         finally:
             os.close(descriptor)
-        _give_name(draft, path)
+        _change_places(spare, self._path(record.id))
 
     def sync(self, record_id: str) -> None:
         """Have the disk hold a record as it was saved last. Raises OSError."""
@@ -211,8 +213,12 @@ class Journal(Generic[T]):
 
     def remove(self, record_id: str) -> None:
         """Forget a record."""
-        Path(self._path(record_id)).unlink(missing_ok=True)
+        for path in (self._path(record_id), self._spare(record_id)):
+            Path(path).unlink(missing_ok=True)
+
+    def _spare(self, record_id: str) -> str:
+        return f"{self.directory}/{record_id}{_SPARE}"
 
     def _path(self, record_id: str) -> str:
         # Not a `Path`: those are made in ten times the time, and a record is saved at every step of a machine.
-        return f"{self.directory}/{record_id}.json"
+        return f"{self.directory}/{record_id}{_RECORD}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -136,23 +137,26 @@ class Groups:
         return self._hierarchy.tree("freezer") is not None
 
     def set_frozen(self, machine_id: str, is_frozen: bool) -> None:
-        """Freeze or thaw; returns once it is done. Blocks for about a millisecond. Raises OSError."""
+        """Freeze, which blocks for about a millisecond, or thaw, in a fifth of one; it is done then. Raises OSError."""
         tree = self._hierarchy.tree("freezer")
         if tree is None:
             raise FileNotFoundError("no freezer controller")
-        group = tree / self._parent / machine_id
+        group = f"{tree}/{self._parent}/{machine_id}"
         if self._hierarchy.unified:
-            (group / "cgroup.freeze").write_text("1" if is_frozen else "0")
+            _put(f"{group}/cgroup.freeze", b"1" if is_frozen else b"0")
             return
-        state = "FROZEN" if is_frozen else "THAWED"
+        state = f"{group}/freezer.state"
+        if not is_frozen:
+            _put(state, b"THAWED")
+            return
         deadline = time.monotonic() + _FREEZE_TIMEOUT_S
         # v1 may stay at FREEZING until it is asked again.
         while True:
-            (group / "freezer.state").write_text(state)
-            if (group / "freezer.state").read_text().strip() == state:
+            _put(state, b"FROZEN")
+            if Path(state).read_text().strip() == "FROZEN":
                 return
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{machine_id} is not {state.lower()}")
+                raise TimeoutError(f"{machine_id} is not frozen")
             time.sleep(0.0005)
 
     def is_frozen(self, machine_id: str) -> bool:
@@ -241,6 +245,15 @@ class Groups:
     def _number(self, machine_id: str, controller: str, name: str) -> int:
         text = self._read(machine_id, controller, name).strip()
         return int(text) if text.isdecimal() else 0
+
+
+def _put(path: str, value: bytes) -> None:
+    """Write a control file at once. A `Path` takes as long as a thaw, for which somebody waits."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, value)
+    finally:
+        os.close(descriptor)
 
 
 def _remove(group: Path) -> bool:

@@ -40,6 +40,7 @@ pub mod policy;
 pub mod pool;
 pub mod prepare;
 pub mod pump;
+pub mod rouse;
 pub mod server;
 pub mod splice;
 pub mod streams;

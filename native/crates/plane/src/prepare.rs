@@ -329,7 +329,7 @@ impl Draft<'_> {
         if let Some(redirect) = self.redirect(&credentials, &admission) {
             return Err(AnswerKind::Whole { status: 303, head: redirect });
         }
-        if sandbox.state.is_asleep() {
+        if sandbox.state.is_asleep() && !sandbox.wake.is_roused(sandbox.v) {
             return if sandbox.auto_resume {
                 Ok(Decision::Hold(Hold { sandbox, audience: self.audience(), framing: self.request.framing }))
             } else {

@@ -321,7 +321,7 @@ impl Table {
         }
         let is_asleep = sandbox.state.is_asleep() && sandbox.auto_resume;
         self.replace(key, before.as_ref(), Some(Arc::new(Entry::Here(Arc::new(sandbox)))));
-        wake.note(is_asleep);
+        wake.note(v, is_asleep);
     }
 
     /// Removes a sandbox unless a newer record is known. `slug` is used if the sandbox itself is not known.
@@ -342,7 +342,7 @@ impl Table {
         };
         self.replace(key, before.as_ref(), Some(Arc::new(Entry::Gone { v, slug, at })));
         if let Some(Entry::Here(old)) = before.as_deref() {
-            old.wake.note(false);
+            old.wake.note(v, false);
         }
     }
 

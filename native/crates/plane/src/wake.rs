@@ -6,6 +6,8 @@
 //!         refused ◀───────────────────────────────────────── wake_failed ◀─────────┘
 //! ```
 //!
+//! A frozen one need not wait for the API: see [`crate::rouse`].
+//!
 //! A wake that fails for good is not asked for again at once: first for a second, then twice as long after each failure
 //! in a row, everybody is refused.
 //!
@@ -37,13 +39,17 @@ const ASK_SOON: Duration = Duration::from_millis(100);
 /// The rest after a first failure; it doubles so many times.
 const REST_S: u32 = 1;
 const REST_DOUBLINGS: u32 = 6;
+/// How long hostd's word that a sandbox runs stands against a record that says it sleeps; the next visitor asks again.
+const ROUSED_MS: u64 = 1000;
 /// For a successor to take a line.
 const RELAY_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What all versions of one sandbox have in common, whatever its address.
 #[derive(Debug, Default)]
 pub struct Wake {
+    /// What the newest record says, and its version.
     is_asleep: AtomicBool,
+    v: AtomicU64,
     is_asked: AtomicBool,
     waiting: AtomicU32,
     /// Failures there ever were, and those since it last was awake.
@@ -51,6 +57,9 @@ pub struct Wake {
     failures_in_row: AtomicU32,
     /// Unix milliseconds.
     rests_until: AtomicU64,
+    /// The record that hostd knows better than, and until when (Unix milliseconds).
+    roused_v: AtomicU64,
+    roused_until: AtomicU64,
     changed: Notify,
 }
 
@@ -59,9 +68,22 @@ fn now_ms() -> u64 {
 }
 
 impl Wake {
-    /// Whether the newest record says that it sleeps and may be woken.
+    /// Whether the newest record says that it sleeps and may be woken, and hostd does not know better.
     pub fn is_asleep(&self) -> bool {
-        self.is_asleep.load(Ordering::Relaxed)
+        self.is_asleep.load(Ordering::SeqCst) && !self.is_roused(self.v.load(Ordering::SeqCst))
+    }
+
+    /// Whether it runs, although its record of that version says that it sleeps.
+    pub fn is_roused(&self, v: u64) -> bool {
+        self.roused_v.load(Ordering::SeqCst) == v && now_ms() < self.roused_until.load(Ordering::SeqCst)
+    }
+
+    /// Notes that it runs where its record of that version says, and lets everybody who waits pass.
+    pub fn rouse(&self, v: u64) {
+        self.roused_until.store(now_ms() + ROUSED_MS, Ordering::SeqCst);
+        self.roused_v.store(v, Ordering::SeqCst);
+        self.is_asked.store(false, Ordering::SeqCst);
+        self.changed.notify_waiters();
     }
 
     /// True for the first to ask, until the sandbox has been awake.
@@ -70,8 +92,9 @@ impl Wake {
     }
 
     /// Notes a new record, or the end, of the sandbox and lets everybody who waits look at it.
-    pub fn note(&self, is_asleep: bool) {
-        self.is_asleep.store(is_asleep, Ordering::Relaxed);
+    pub fn note(&self, v: u64, is_asleep: bool) {
+        self.is_asleep.store(is_asleep, Ordering::SeqCst);
+        self.v.store(v, Ordering::SeqCst);
         if !is_asleep {
             self.is_asked.store(false, Ordering::SeqCst);
             self.failures_in_row.store(0, Ordering::SeqCst);

@@ -27,9 +27,10 @@ use crate::metrics::Counters;
 use crate::net::Socket;
 use crate::policy::Policy;
 use crate::pool::Pool;
+use crate::rouse::Sleeper;
 use crate::streams::event::Batch;
 use crate::streams::hub::{self, Hub};
-use crate::table::{Sandbox, Table};
+use crate::table::{Sandbox, State, Table};
 use crate::tls;
 use crate::trust::{self, Client};
 use crate::watch::{SWEEP_MS, Watch, Watches};
@@ -203,8 +204,17 @@ impl Worker {
     pub fn knock(&self, sandbox: &Sandbox) {
         if sandbox.wake.is_asleep() && sandbox.wake.rest_s().is_none() && sandbox.wake.ask() {
             self.counters.wakes.add(1);
+            let knocks = self.knocks.clone();
             // Nobody receives it when the process is about to end.
-            let _ = self.knocks.send(sandbox.id.clone());
+            let ask_api = move |id| drop(knocks.send(id));
+            // The one at hand may be an older record, of when it was awake.
+            match self.table.get(&sandbox.id).filter(|newest| newest.state == State::Frozen) {
+                Some(frozen) => {
+                    let (sleeper, hostd) = (Sleeper::of(&frozen), self.config.hostd_path());
+                    tokio::task::spawn_local(async move { sleeper.rouse(&hostd).await.unwrap_or_else(ask_api) });
+                }
+                None => ask_api(sandbox.id.clone()),
+            }
         }
     }
 
