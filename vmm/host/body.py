@@ -11,9 +11,9 @@
     any ─end─▶ stopping ─▶ stopped(cause), failed(cause)
 
 Each move but a thaw writes its record before it acts, and is undone when it fails or is cancelled: the machine is then
-in the state that it came from. What is new is complete before the old goes: a restore prepares another unit while this one
-runs on, a hibernation frees the unit once its image is published. `vmm.host.journal` says what a restart makes of each
-record; `vmm.host.crash` points name the places where it matters.
+in the state that it came from. What is new is complete before the old goes: a restore prepares another unit while this
+one runs on, a hibernation frees the unit once its image is published. `vmm.host.journal` says what a restart makes of
+each record; `vmm.host.crash` points name the places where it matters.
 """
 
 from __future__ import annotations
