@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loadtests import report
 from loadtests.http import Connection
-from loadtests.lifecycle import cases, cycles, registered, traffic
+from loadtests.lifecycle import cases, cycles, memory, registered, traffic
 from loadtests.report import Row, say
 from loadtests.server import SETTINGS, Target, serve
 
@@ -57,7 +57,7 @@ async def measure(wanted: Sequence[str], frozen: int) -> list[Row]:
     if "frozen" in wanted:
         async with _alone(_NO_POOL) as (target, groups), Connection(target.base_url, target.key) as api:
             say("measuring: frozen")
-            rows += await cases.frozen(api, target, groups)
+            rows += await memory.frozen(api, target, groups)
     if "burst" in wanted:
         pool = {"SANDGATE_POOL_READY": "30", "SANDGATE_POOL_READY_MAX": "30", "SANDGATE_POOL_SHELLS": "0"}
         async with _alone(pool) as (target, groups):

@@ -1,9 +1,8 @@
-"""How long it takes to restore, wake, fork and save, and what a sandbox holds while it is frozen."""
+"""How long it takes to restore, wake, fork, save, and create many at once."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -93,27 +92,8 @@ async def forking(api: Connection, target: Target) -> list[Row]:
     return rows
 
 
-async def frozen(api: Connection, target: Target, groups: Path) -> list[Row]:
-    """CPU time and memory of one sandbox, running idle and then frozen, from outside.
-
-    groups: the control groups of the server's machines; nothing else may run on it.
-    """
-    rows = []
-    async with box(api, target) as source:
-        await source.run("true")
-        await asyncio.sleep(3)
-        rows.append(number("idle sandbox, resident (PSS)", pss_mib(groups), "MiB", "≤ 12"))
-        await source.post("pause")
-        await asyncio.sleep(3)
-        before = _cpu_s(groups)
-        await asyncio.sleep(10)
-        rows.append(number("frozen sandbox, CPU in 10 s", (_cpu_s(groups) - before) * 1e3, "ms", "0"))
-        rows.append(number("frozen sandbox, resident (PSS)", pss_mib(groups), "MiB", "≤ 5"))
-    return rows
-
-
 async def burst(target: Target, groups: Path, *, pool: int, count: int) -> list[Row]:
-    """So many creates at once, more than the pool holds. groups: as for `frozen`."""
+    """So many creates at once, more than the pool holds. groups: as for `memory.frozen`."""
     async with asyncio.timeout(120):
         while len(list(groups.glob("*/cgroup.procs"))) < pool:
             await asyncio.sleep(0.2)
@@ -138,29 +118,3 @@ async def burst(target: Target, groups: Path, *, pool: int, count: int) -> list[
 def number(name: str, value: float, unit: str, bar: str) -> Row:
     """A row with one figure."""
     return Row(name, unit, 1, round(value, 2), None, None, bar)
-
-
-def pids(groups: Path) -> set[int]:
-    """All processes of a server's machines."""
-    return {int(pid) for path in groups.glob("*/cgroup.procs") for pid in path.read_text().split()}
-
-
-def _cpu_s(groups: Path) -> float:
-    """CPU time of all processes so far."""
-    ticks = 0
-    for pid in pids(groups):
-        with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / 100
-
-
-def pss_mib(groups: Path) -> float:
-    """Memory of all processes, shared pages divided among those that share them."""
-    kib = 0
-    for pid in pids(groups):
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    kib += int(line.split()[1])
-    return kib / 1024

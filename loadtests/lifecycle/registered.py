@@ -16,7 +16,8 @@ from pathlib import Path
 from loadtests import report
 from loadtests.http import Connection
 from loadtests.lifecycle.box import Box, create
-from loadtests.lifecycle.cases import number, pids, pss_mib, timed
+from loadtests.lifecycle.cases import number, timed
+from loadtests.lifecycle.memory import pids, pss_mib
 from loadtests.report import Row
 from loadtests.server import Target
 
@@ -37,7 +38,7 @@ def settings(count: int) -> dict[str, str]:
 
 
 async def registered(target: Target, groups: Path, count: int) -> list[Row]:
-    """Freeze `count` sandboxes, hibernate a tenth of them. groups: as for `cases.frozen`."""
+    """Freeze `count` sandboxes, hibernate a tenth of them. groups: as for `memory.frozen`."""
     ids: list[str] = []
     try:
         took, _ = await timed(lambda: _freeze(target, count, ids))
