@@ -228,12 +228,16 @@ class PoolStatus:
 
 @dataclass(frozen=True, slots=True)
 class MachineStats:
-    """Resource use of one machine as its host accounts it, agent and sandbox kernel included."""
+    """Resource use of one machine as its host accounts it, agent and sandbox kernel included.
+
+    cached_bytes: of memory_bytes, what is in files on the host's disk as well, such as images of it.
+    """
 
     cpu_seconds: float
     memory_bytes: int
     memory_limit_bytes: int
     pids: int
+    cached_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,8 +73,8 @@ class Images:
         """Save a unit into a draft. Raises MachineError; then nothing is left of it."""
         try:
             draft = await _in_thread(self._store.draft, image)
-            held = await self._driver.stats(unit)
-            self._backing.release(held.memory_bytes / _MIB + _SAVE_MIB)
+            stats = await self._driver.stats(unit)
+            self._backing.release((stats.memory_bytes - stats.cached_bytes) / _MIB + _SAVE_MIB)
             return await self._driver.save(unit, draft)
         except BaseException:
             self._store.discard(image)

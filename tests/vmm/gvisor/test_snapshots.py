@@ -350,6 +350,16 @@ async def test_a_copy_has_the_limits_of_its_shape(rig: Rig, draft: Path) -> None
         assert (await rig.driver.stats(each.id)).memory_limit_bytes == _SHAPE.memory_mib * _MIB
 
 
+async def test_an_image_just_written_counts_as_cache_and_memory_does_not(rig: Rig, draft: Path) -> None:
+    unit = await rig.boot()
+    before = await rig.driver.stats(unit.id)
+    await unit.shell("head -c 40000000 /dev/urandom > /dev/shm/held")
+    held = await rig.driver.stats(unit.id)
+    assert held.memory_bytes - held.cached_bytes > before.memory_bytes - before.cached_bytes + 20_000_000
+    await unit.save(draft)
+    assert (await rig.driver.stats(unit.id)).cached_bytes > held.cached_bytes + 20_000_000
+
+
 async def test_a_frozen_machine_is_saved_and_stays_frozen(rig: Rig, draft: Path) -> None:
     unit = await rig.writer()
     await rig.driver.freeze(unit.id)

@@ -130,7 +130,7 @@ class Groups:
             cpu_seconds = self._number(machine_id, "cpuacct", "cpuacct.usage") / 1e9
             limit = self._number(machine_id, "memory", "memory.limit_in_bytes")
         pids = self._number(machine_id, "pids", "pids.current")
-        return MachineStats(cpu_seconds, self.memory_bytes(machine_id), limit, pids)
+        return MachineStats(cpu_seconds, self.memory_bytes(machine_id), limit, pids, self._cached_bytes(machine_id))
 
     def can_freeze(self) -> bool:
         """Whether the host can stop a machine in place."""
@@ -171,7 +171,7 @@ class Groups:
         kept from growing instead of being killed.
         """
         if self._hierarchy.unified:
-            held = self._number(machine_id, "memory", "memory.current") - self._cached(machine_id, "file")
+            held = self._number(machine_id, "memory", "memory.current") - self._cached_bytes(machine_id)
             if 0 <= memory_bytes < held + _MEMORY_SLACK_BYTES:
                 memory_bytes = held + _MEMORY_SLACK_BYTES
             quota = f"{cpu_quota_us if cpu_quota_us >= 0 else 'max'} {CPU_PERIOD_US}"
@@ -238,9 +238,10 @@ class Groups:
             raise FileNotFoundError(f"no {controller} controller")
         (tree / self._parent / machine_id / name).write_text(value)
 
-    def _cached(self, machine_id: str, kind: str) -> int:
+    def _cached_bytes(self, machine_id: str) -> int:
+        """Page cache of files on a disk. A guest's memory counts as cache too, of a file in memory."""
         rows = dict(line.split() for line in self._read(machine_id, "memory", "memory.stat").splitlines())
-        return int(rows.get(kind, 0))
+        return int(rows.get("file" if self._hierarchy.unified else "cache", 0)) - int(rows.get("shmem", 0))
 
     def _number(self, machine_id: str, controller: str, name: str) -> int:
         text = self._read(machine_id, controller, name).strip()
