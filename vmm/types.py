@@ -267,7 +267,10 @@ class TemplateInfo:
 
 @dataclass(frozen=True, slots=True)
 class HostInfo:
-    """One host: what it can do and how full it is."""
+    """One host: what it can do and how full it is.
+
+    backing_bytes: memory that it keeps at hand (`vmm.host.backing`).
+    """
 
     host_id: str
     driver: str
@@ -278,3 +281,4 @@ class HostInfo:
     memory_bytes: int
     started_at: float
     version: str
+    backing_bytes: int = 0

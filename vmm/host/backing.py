@@ -13,11 +13,14 @@ nothing is held, and a sample is taken now and then.
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import os
 import threading
 import time
 from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
 
 _MIB = 1024 * 1024
 #: At most this part of the machine's memory.
@@ -139,9 +142,13 @@ class Backing:
                 self._advise(mmap.MADV_DONTNEED, step, 1)
             self._cheap_in_row = self._cheap_in_row + 1 if is_cheap else 0
             if self._cheap_in_row >= _CHEAP_ROUNDS * self._steps:
-                self._drop(self._held)
-                self._cheap_in_row -= _SAMPLE_STEPS
-                self._fill_at = time.monotonic() + _SAMPLE_PERIOD_S
+                self._rest()
+
+    def _rest(self) -> None:
+        logger.debug("memory is cheap: none is kept for now")
+        self._drop(self._held)
+        self._cheap_in_row -= _SAMPLE_STEPS
+        self._fill_at = time.monotonic() + _SAMPLE_PERIOD_S
 
 
 def _memory_bytes() -> int:

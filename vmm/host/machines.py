@@ -80,11 +80,11 @@ class Machines:
         self.snapshots = Snapshots(Journal(host / "snapshots", SnapshotRecord), self._changed)
         store = ImageStore(host / "images", disk_mib_max=config.images_mib_max)
         reserve_mib = max(config.memory_reserve_mib, config.hibernate_below_mib)
-        self._backing = Backing(config.backing_mib, available_bytes=available_bytes, reserve_mib=reserve_mib)
-        self._images = Images(store, driver, self._backing, self._is_needed)
+        self.backing = Backing(config.backing_mib, available_bytes=available_bytes, reserve_mib=reserve_mib)
+        self._images = Images(store, driver, self.backing, self._is_needed)
         self.snapshots.images = self._images
         self.history = History(self._running, self.stats)
-        self._units = Units(driver, self._backing, boot_timeout_s=config.boot_timeout_s)
+        self._units = Units(driver, self.backing, boot_timeout_s=config.boot_timeout_s)
         self.pool = Pool(
             driver,
             self._units,
@@ -116,7 +116,7 @@ class Machines:
         await asyncio.to_thread(self._images.sweep)
         self._chores = [run_in_background(self._tidy(), "tidier"), run_in_background(self._relieve(), "relief")]
         self._chores.append(run_in_background(self.history.run(), "history"))
-        self._backing.start()
+        self.backing.start()
         self.pool.start()
 
     async def _recover(self, record: Record) -> None:
@@ -136,7 +136,7 @@ class Machines:
         self._is_closing = True
         for chore in self._chores:
             await stop(chore)
-        await asyncio.to_thread(self._backing.close)
+        await asyncio.to_thread(self.backing.close)
         await self.pool.close()
         for machine in self._machines.values():
             if machine.record.is_paused:

@@ -143,6 +143,7 @@ async def _info(host: Host, _: Mapping[str, Any]) -> HostInfo:
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         started_at=host.started_at,
         version=host.version,
+        backing_bytes=host.machines.backing.held_bytes,
     )
 
 
