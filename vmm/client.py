@@ -91,9 +91,14 @@ class HostClient:
         """The agent of a machine; `passive` and `roots` as in `Agent`."""
         return Agent(self.link, machine_id, passive=passive, roots=roots)
 
-    async def create_machine(self, spec: MachineSpec, *, deadline: float | None = None) -> MachineInfo:
-        """Make a machine and wait until its agent answers; the same id twice yields the same machine."""
-        fields = asdict(spec)
+    async def create_machine(
+        self, spec: MachineSpec, *, is_early: bool = False, deadline: float | None = None
+    ) -> MachineInfo:
+        """Make a machine and wait until its agent answers; the same id twice yields the same machine.
+
+        is_early: do not wait for the agent. The address is another one later if it does not answer.
+        """
+        fields = asdict(spec) | ({"early": True} if is_early else {})
         return decode(MachineInfo, await self._call("machine.create", deadline, **fields))
 
     async def destroy_machine(

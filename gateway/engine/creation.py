@@ -1,6 +1,6 @@
 """How sandboxes come to be.
 
-    machine from the pool ─▶ row running                         one commit, when the host has it at hand
+    machine from the pool ─▶ row running ∥ its agent answers     one commit, when the host has it at hand
     row provisioning ─▶ machine booted or restored ─▶ running    when it takes longer than a glance
                      └─▶ error(cause)
 
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable
 from dataclasses import replace
 
 import sqlalchemy as sa
 
 from gateway.commands import CreateSandbox
 from gateway.engine.context import LIVING, Context, owned
+from gateway.engine.pausing import PauseService
 from gateway.engine.plan import Origin, origin_of_snapshot, origin_of_template, plan
 from gateway.engine.sandboxes import SandboxService
 from gateway.engine.snapshots import SnapshotService
@@ -45,9 +47,15 @@ class CreationService:
     """Commands that make sandboxes, and the finishing of what they left."""
 
     def __init__(
-        self, context: Context, sandboxes: SandboxService, templates: TemplateService, snapshots: SnapshotService
+        self,
+        context: Context,
+        sandboxes: SandboxService,
+        templates: TemplateService,
+        snapshots: SnapshotService,
+        pausing: PauseService,
     ) -> None:
         self._context = context
+        self._pausing = pausing
         self._sandboxes = sandboxes
         self._templates = templates
         self._snapshots = snapshots
@@ -65,16 +73,20 @@ class CreationService:
         existing = await context.database.lookup(lambda connection: self._look(connection, wanted))
         if existing is not None and not _may_try_again(existing, wanted):
             return await self._resume(owned(existing, principal))
-        booting = asyncio.ensure_future(self._boot(wanted))
+        placing = asyncio.ensure_future(self._place(wanted))
         try:
             glance_s = _GLANCE_S if wanted.image_id is None else _GLANCE_AT_IMAGE_S
-            await asyncio.wait([booting], timeout=glance_s)
-            if booting.done() and booting.exception() is None and is_up(booting.result()):
-                return await self._record_running(wanted, booting.result())
+            await asyncio.wait([placing], timeout=glance_s)
+            if placing.done() and placing.exception() is None and is_up(placing.result()):
+                booting = asyncio.ensure_future(self._boot(wanted))
+                try:
+                    return await self._confirm(await self._record_running(wanted, placing.result()), booting)
+                finally:
+                    booting.cancel()
             sandbox = await self._record_provisioning(wanted)
-            return await self._conclude(sandbox, booting)
+            return await self._conclude(sandbox, self._boot(wanted, after=placing))
         finally:
-            booting.cancel()
+            placing.cancel()
 
     async def _origin(self, principal: Principal, command: CreateSandbox) -> Origin:
         if command.snapshot_id is not None:
@@ -115,7 +127,16 @@ class CreationService:
         sandbox_event(connection, "created", wanted, at=wanted.created_at, template=wanted.template, **_lineage(wanted))
         return wanted
 
-    async def _boot(self, sandbox: Sandbox) -> MachineInfo:
+    async def _place(self, sandbox: Sandbox) -> MachineInfo:
+        """Its machine as soon as the host answers for it; its agent may have yet to."""
+        with vmm_errors():
+            deadline = time.monotonic() + BOOT_S
+            return await self._context.host.create_machine(_spec(sandbox), is_early=True, deadline=deadline)
+
+    async def _boot(self, sandbox: Sandbox, *, after: Awaitable[object] | None = None) -> MachineInfo:
+        """Its machine, once its agent has answered."""
+        if after is not None:
+            await after
         with vmm_errors():
             return await self._context.host.create_machine(_spec(sandbox), deadline=time.monotonic() + BOOT_S)
 
@@ -154,6 +175,14 @@ class CreationService:
             await context.routes.push(sandbox.id)
         return sandbox
 
+    async def _confirm(self, sandbox: Sandbox, booting: Awaitable[MachineInfo]) -> Sandbox:
+        """Wait until the machine's agent has answered, for which the sandbox was recorded without waiting."""
+        machine = await self._up(sandbox, booting)
+        if machine.address != sandbox.address:
+            # The unit at hand was no good, and another one has taken over.
+            await self._pausing.follow(machine)
+        return replace(sandbox, address=machine.address)
+
     async def _record_provisioning(self, wanted: Sandbox) -> Sandbox:
         try:
             sandbox = await self._context.database.write(lambda connection: self.insert(connection, wanted))
@@ -165,9 +194,10 @@ class CreationService:
 
     async def finish(self, sandbox: Sandbox) -> Sandbox:
         """Take a provisioning sandbox to running, or to error. Any number of callers may try at once."""
-        return await self._conclude(sandbox, asyncio.ensure_future(self._boot(sandbox)))
+        return await self._conclude(sandbox, self._boot(sandbox))
 
-    async def _conclude(self, sandbox: Sandbox, booting: asyncio.Future[MachineInfo]) -> Sandbox:
+    async def _up(self, sandbox: Sandbox, booting: Awaitable[MachineInfo]) -> MachineInfo:
+        """The machine of a recorded sandbox, once it is there; the sandbox fails with it."""
         try:
             machine = await booting
         except GatewayError as error:
@@ -178,6 +208,10 @@ class CreationService:
             failure = GatewayError("boot_failed", f"The sandbox could not be started: {machine.detail or 'no cause'}.")
             await self.fail(sandbox, failure)
             raise failure
+        return machine
+
+    async def _conclude(self, sandbox: Sandbox, booting: Awaitable[MachineInfo]) -> Sandbox:
+        machine = await self._up(sandbox, booting)
         current = await self.mark_running(sandbox, machine)
         if current.state is SandboxState.ERROR:
             # Others gave it up meanwhile, and their word stands.

@@ -67,11 +67,11 @@ class Engine:
         self.follow_snapshot = self.snapshots.follow
         self.restore_sandbox = RestoreService(context, self.snapshots).restore
 
-        self.creation = CreationService(context, self.sandboxes, self.templates, self.snapshots)
+        self.pausing = PauseService(context)
+        self.creation = CreationService(context, self.sandboxes, self.templates, self.snapshots, self.pausing)
         self.create_sandbox = self.creation.create
         self.fork_sandbox = ForkService(context, self.creation, self.snapshots).fork
 
-        self.pausing = PauseService(context)
         self.pause_sandbox = self.pausing.pause
         self.resume_sandbox = self.pausing.resume
 

@@ -94,6 +94,12 @@ class Scene:
             await asyncio.sleep(0.01)
         assert now > before
 
+    async def check_owner(self, machine_id: str) -> None:
+        """It knows whose it is: the operation gave it a variable."""
+        execution = await self.client.agent(machine_id).exec("env", Command(argv=("env",)), deadline=soon())
+        printed = b"".join([chunk.data async for chunk in execution])
+        assert f"OWNER={machine_id}".encode() in printed.split(b"\n")
+
     async def _counted(self, agent: Any) -> int:
         execution = await agent.attach("count", offsets={1: 0, 2: 0}, follow=False, deadline=soon())
         data = b"".join([chunk.data async for chunk in execution])
@@ -213,7 +219,8 @@ def create(scene: Scene) -> Awaitable[object]:
 
 
 def claim(scene: Scene) -> Awaitable[object]:
-    return scene.client.create_machine(replace(scene.host.spec(scene.other), memory_mib=POOLED_MIB), deadline=soon())
+    spec = scene.host.spec(scene.other, env={"OWNER": scene.other})
+    return scene.client.create_machine(replace(spec, memory_mib=POOLED_MIB), deadline=soon())
 
 
 def create_from_snapshot(scene: Scene) -> Awaitable[object]:
@@ -250,7 +257,7 @@ def delete_snapshot(scene: Scene) -> Awaitable[object]:
 
 CASES: dict[str, Case] = {
     "create": Case(running, create, ["start.started", "boot.written"]),
-    "claim": Case(stocked, claim, ["claim.thawed", "claim.named", "boot.written"]),
+    "claim": Case(stocked, claim, ["claim.thawed", "boot.written", "claim.named"]),
     "create-from-snapshot": Case(running, create_from_snapshot, [*MAKE, "boot.written"]),
     "pause": Case(running, pause, FREEZE),
     "hibernate": Case(running, hibernate, [*FREEZE, *HIBERNATE]),
@@ -370,4 +377,6 @@ async def check_again(here: Scene, name: str, case: Case) -> None:
     if isinstance(result, Fork):
         assert [each.id for each in result.machines] == list(here.children)
         assert all(isinstance(each, MachineInfo) for each in result.machines)
+    if name == "claim":
+        await here.check_owner(here.other)
     await here.check_nothing_left()

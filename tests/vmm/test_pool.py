@@ -174,6 +174,25 @@ async def test_a_stocked_unit_that_is_no_good_costs_time_and_no_failure(tmp_path
         assert made.unit not in bad
 
 
+async def test_an_early_answer_does_not_wait_for_the_agent(tmp_path: Path) -> None:
+    async with pooled(tmp_path, shells_min=0) as (driver, client):
+        await filled(client, shells=0)
+        bad = set(driver.units)
+        for unit in bad:
+            driver.faults_of(unit).is_stalled = True
+        wanted = spec(hostname="mine")
+        early = await client.create_machine(wanted, is_early=True)
+        assert (early.state, early.unit in bad) == (MachineState.RUNNING, True)
+        made = asyncio.create_task(client.create_machine(wanted, deadline=time.monotonic() + 60))
+        for unit in bad:
+            driver.faults_of(unit).refuses_dial = True
+            driver.cut(unit)
+        machine = await made
+        assert machine.unit not in bad
+        assert driver.guests[machine.unit or ""].hostname == "mine"
+        assert (await client.create_machine(wanted, is_early=True)).unit == machine.unit
+
+
 async def test_a_template_that_fails_is_not_tried_all_the_time(tmp_path: Path) -> None:
     driver = FakeDriver(Faults(start_error="driver_failed"))
     async with pooled(tmp_path, driver) as (driver, client):

@@ -42,7 +42,7 @@ from vmm.types import MachineInfo, MachineState, Origin, StopCause
 
 logger = logging.getLogger(__name__)
 
-#: From a thaw to its news, and from there to the hooks: who has woken the machine mostly has an answer by then.
+#: From a thaw or claim to its news, and to the hooks after it: who wanted the machine mostly has an answer by then.
 _NEWS_REST_S, _HOOKS_REST_S = 0.002, 0.02
 
 
@@ -85,7 +85,9 @@ class Body:
         self._commit(unit, state=MachineState.RUNNING, image=None, **took)
         point("boot.written")
         self._take(unit)
-        self.tell()
+        if unit.naming is not None:
+            await self._introduce(unit.naming)
+        self._tell_soon()
         if forked_from is not None:
             self._release(forked_from)
 
@@ -248,6 +250,17 @@ class Body:
         size_bytes, _ = self._parts.images.sizes(image)
         self._parts.make_room(size_bytes)
 
+    async def _introduce(self, naming: asyncio.Task[None]) -> None:
+        """Wait until its guest knows who it is. With one that cannot be told, it is as if it had not been in stock."""
+        try:
+            await naming
+        except MachineError as error:
+            other = await self._parts.pool.replace(self.record.spec, error)
+            self._commit(other)
+            self._take(other)
+        else:
+            self._write(is_named=True)
+
     async def _adopt(self) -> bool:
         record, driver = self.record, self._parts.driver
         if record.unit is None or record.placement is None or not await driver.adopt(record.unit, record.placement):
@@ -261,7 +274,17 @@ class Body:
             is_frozen = False
             self._retreat(state=MachineState.RUNNING, frozen_at=None)
         origin = record.origin or Origin.COLD
-        self._take(self._parts.units.join(record.unit, record.token, record.placement, origin, is_held=is_frozen))
+        unit = self._parts.units.join(record.unit, record.token, record.placement, origin, is_held=is_frozen)
+        self._take(unit)
+        if record.is_named:
+            return True
+        try:
+            await self._parts.units.name(record.spec, unit)
+            self._write(is_named=True)
+        except MachineError as error:
+            logger.warning("machine %s cannot be told who it is: %s", record.id, explain(error))
+            self._take(None)
+            return False
         return True
 
     async def _thaw(self) -> None:
@@ -277,12 +300,15 @@ class Body:
             raise
         point("thaw.written")
         self.line.release()
+        self._tell_soon()
+        # Whoever waits for the machine does not wait for its hooks, nor for a processor that they keep busy.
         self._hooks = run_in_background(self._after_resume(), f"after-resume {self.record.id}")
 
+    def _tell_soon(self) -> None:
+        """As `tell`, once whoever waits for the machine has it."""
+        asyncio.get_running_loop().call_later(_NEWS_REST_S, self.tell)
+
     async def _after_resume(self) -> None:
-        """What nobody waits for who waits for the machine, nor for a processor that it keeps busy."""
-        await asyncio.sleep(_NEWS_REST_S)
-        self.tell()
         await asyncio.sleep(_HOOKS_REST_S)
         if self.record.state is MachineState.RUNNING:
             await self._run_hooks(HookStage.AFTER_RESUME)
@@ -310,7 +336,7 @@ class Body:
         """Write that a new unit is the machine from now on, or give it up."""
         facts = {"unit": unit.id, "token": unit.token, "placement": unit.placement, "origin": unit.origin}
         try:
-            self._write(detail=failures(unit.hooks), **facts, **fields)
+            self._write(detail=failures(unit.hooks), is_named=unit.naming is None, **facts, **fields)
         except BaseException:
             self._parts.units.discard(unit)
             raise

@@ -46,6 +46,7 @@ class Record:
     """Everything about one machine that outlives the process. `token` opens its agent: the files are mode 0600.
 
     unit: the driver's id of what runs, None while hibernated.
+    is_named: whether its guest is known to have been told who it is; if not, it is told again.
     image: what a hibernated machine wakes from, and a forked one is made from.
     snapshot: the snapshot that its memory came from at last.  restore: what its last restore was called.
     frozen_at: Unix seconds.
@@ -62,6 +63,7 @@ class Record:
     state: MachineState = MachineState.PREPARING
     unit: str | None = None
     token: str = ""
+    is_named: bool = True
     placement: Placement | None = None
     origin: Origin | None = None
     image: str | None = None

@@ -50,7 +50,9 @@ class Machine:
         self.id = record.id
         #: Streams that keep the machine from counting as idle, however quiet they are.
         self.busy = 0
-        #: Set once it runs or has ended.
+        #: Set once it is on record with a unit, whose agent need not have answered yet.
+        self.placed = asyncio.Event()
+        #: Set once it runs or has ended; so is `placed` then.
         self.settled = asyncio.Event()
         #: Set once nobody can reach it any more. Its processes may take some milliseconds more to end.
         self.gone = asyncio.Event()
@@ -97,9 +99,14 @@ class Machine:
             return False
         # Activity since the record was written is unknown; count it as active now rather than end it early.
         self.touch()
-        self.settled.set()
+        self.settle()
         self._task = run_in_background(self._live(None), f"machine {self.id}")
         return True
+
+    def settle(self) -> None:
+        """Let those go on who wait for its beginning."""
+        self.placed.set()
+        self.settled.set()
 
     def stop(self, cause: StopCause, detail: str | None = None) -> None:
         """Ask for its end; the first request counts."""
@@ -161,7 +168,7 @@ class Machine:
         try:
             if boot is not None:
                 await self._perform(boot)
-                self.settled.set()
+                self.settle()
             end = await self._run()
         except asyncio.CancelledError:
             if self._stop is None:
@@ -180,7 +187,7 @@ class Machine:
         finally:
             # Whatever happened, nobody is to wait for ever.
             self.gone.set()
-            self.settled.set()
+            self.settle()
 
     async def _run(self) -> Exit | None:
         """Until something ends it; returns what, or None when it is left as it is."""
@@ -365,6 +372,7 @@ class Machine:
         if unit is None:
             self._end_of_unit = None
             return
+        self.placed.set()
         self._end_of_unit = asyncio.create_task(self._wait(unit.id), name=f"wait {unit.id}")
 
     async def _wait(self, unit: str) -> Exit:

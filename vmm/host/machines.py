@@ -128,7 +128,7 @@ class Machines:
         if not record.is_over:
             await asyncio.to_thread(self._journal.save, ended)
         machine = self._new_machine(ended)
-        machine.settled.set()
+        machine.settle()
         machine.gone.set()
 
     async def close(self) -> None:
@@ -153,10 +153,11 @@ class Machines:
             logger.exception("not all machines ended in time; the next start sees to them")
         await self.driver.close()
 
-    async def create(self, spec: MachineSpec, image: str | None = None) -> MachineInfo:
+    async def create(self, spec: MachineSpec, image: str | None = None, *, is_early: bool = False) -> MachineInfo:
         """Start a machine, or return the one with this id. Returns once its agent answers. Raises MachineError.
 
         image: what to make it from, instead of the snapshot that the spec names.
+        is_early: return as soon as it is on record with an address, which changes if its agent turns out not to answer.
         """
         machine = self._machines.get(spec.id)
         if machine is None:
@@ -165,7 +166,7 @@ class Machines:
             self._changed(machine.record.info())
             machine.start()
         machine.wanted_at = time.monotonic()
-        await machine.settled.wait()
+        await (machine.placed if is_early else machine.settled).wait()
         if machine.error is not None:
             if machine.error.code in _FORGOTTEN:
                 self._forget(machine)

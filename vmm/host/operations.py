@@ -45,7 +45,8 @@ class Host:
 
 
 async def _create(host: Host, op: Mapping[str, Any]) -> MachineInfo:
-    return await host.machines.create(_decode(MachineSpec, {key: op[key] for key in op if key != "op"}))
+    spec = _decode(MachineSpec, {key: op[key] for key in op if key not in ("op", "early")})
+    return await host.machines.create(spec, is_early=_decode(bool, op.get("early", False)))
 
 
 async def _destroy(host: Host, op: Mapping[str, Any]) -> dict[str, bool]:

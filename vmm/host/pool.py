@@ -97,6 +97,11 @@ class Pool:
                 self._excuse(error)
             return await self._units.start(spec)
 
+    async def replace(self, spec: MachineSpec, error: VmmError) -> Unit:
+        """Another unit, from nothing, for one of `obtain`'s that is no good. Raises MachineError as that does."""
+        self._excuse(error)
+        return await self._units.start(spec)
+
     async def restore(self, spec: MachineSpec, image: ImageFiles, *, is_own: bool = False) -> Unit:
         """A unit that goes on where the image was saved, in a shell if there is one. Raises MachineError.
 

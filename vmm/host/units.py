@@ -1,6 +1,7 @@
 """Gives machines their units: a start from files, a claim from the pool, or a restore; ready to be used by its owner.
 
 A unit is told who it is before anybody can reach it: its line is up and its names are written when it is handed over.
+Those of a claimed one are on their way: its agent takes what comes on its line in order, so nobody is ahead of them.
 What goes wrong on the way takes the unit along. Units that are given up are destroyed behind their owner's back, and
 `settle` waits for that.
 """
@@ -37,7 +38,7 @@ _GIVEN_UP = MachineError("machine_not_running", "the machine runs elsewhere now"
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One incarnation of a machine. line: up, and nobody else's."""
+    """One incarnation of a machine. line: up, and nobody else's.  naming: ends when its names are written."""
 
     id: str
     token: str
@@ -45,6 +46,7 @@ class Unit:
     line: AgentLine
     origin: Origin
     hooks: HooksRun = field(default_factory=HooksRun)
+    naming: asyncio.Task[None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +92,19 @@ class Units:
                 unit.line.release()
             point("claim.thawed")
             async with self._agent_answering(unit):
-                hooks = await write_names(unit.line, spec, unit.placement, has_resolvers=True)
-            point("claim.named")
-            return replace(unit, hooks=hooks)
+                return replace(unit, naming=self.name(spec, unit))
+
+    def name(self, spec: MachineSpec, unit: Unit) -> asyncio.Task[None]:
+        """Tell a warm unit whose it is, ahead of all that is asked of it from now on."""
+        task = asyncio.create_task(self._name(spec, unit), name=f"name {unit.id}")
+        # The machine may end before it looks.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return task
+
+    async def _name(self, spec: MachineSpec, unit: Unit) -> None:
+        async with self._agent_answering(unit):
+            await write_names(unit.line, spec, unit.placement, has_resolvers=True)
+        point("claim.named")
 
     async def start(self, spec: MachineSpec, shell: Shell | None = None) -> Unit:
         """A unit with the template's files, in a shell or from nothing."""

@@ -23,7 +23,7 @@ from gateway.store import Database, migrate, open_database, sandboxes, workspace
 from tests.support.host import HostProcess, machine_spec
 from vmm.client import HostClient
 from vmm.drivers.fake import FakeDriver
-from vmm.host.config import HostConfig
+from vmm.host.config import HostConfig, PoolConfig
 from vmm.host.server import serve
 
 
@@ -119,11 +119,19 @@ async def put_running(engine: Engine, principal: Principal, **fields: object) ->
 
 
 @pytest.fixture
-async def driver(tmp_path: Path) -> AsyncIterator[FakeDriver]:
+def pool() -> PoolConfig:
+    """What hostd makes ahead: nothing, unless a module says otherwise."""
+    return PoolConfig()
+
+
+@pytest.fixture
+async def driver(tmp_path: Path, pool: PoolConfig) -> AsyncIterator[FakeDriver]:
     """The driver behind a hostd that listens on `hostd.sock`."""
     driver = FakeDriver()
     ready = asyncio.Event()
-    config = HostConfig(home=tmp_path, socket_path=tmp_path / "hostd.sock", memory_reserve_mib=0, disk_reserve_mib=0)
+    config = HostConfig(
+        home=tmp_path, socket_path=tmp_path / "hostd.sock", memory_reserve_mib=0, disk_reserve_mib=0, pool=pool
+    )
     hostd = asyncio.create_task(serve(config, driver, ready=ready.set))
     async with asyncio.timeout(60):
         await ready.wait()

@@ -29,7 +29,7 @@ from gateway.phases import Phases, Terms
 from gateway.resources import ApiKey, Principal
 from gateway.store import Database, keys, migrate, open_database
 from gateway.undelivered import Undelivered
-from tests.gateway.engine.conftest import driver, engine, principal, routes, settings  # noqa: F401
+from tests.gateway.engine.conftest import driver, engine, pool, principal, routes, settings  # noqa: F401
 from tests.previews.harness import Plane
 from tests.support.asgi import StreamingTransport
 from tests.support.asgi_server import serving
