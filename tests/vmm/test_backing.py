@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.vmm.hosts import host_in_process
+from vmm.client import HostClient
+from vmm.drivers.fake import FakeDriver
 from vmm.host import backing
 from vmm.host.backing import Backing
+from vmm.types import MachineSpec
 
 _MIB = 1024 * 1024
 _SIZE_MIB = 16
@@ -171,3 +177,24 @@ def test_none_is_kept_where_none_is_wanted(host: Host) -> None:
     one.release(8)
     one.close()
     assert host.looks == 0
+
+
+async def test_starts_saves_and_restores_get_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backing, "_QUIET_S", 3600)
+    socket_path, size = tmp_path / "h.sock", 96 * _MIB
+    spec = MachineSpec(id=str(uuid.uuid4()), template="default", hostname="m")
+    host = host_in_process(tmp_path / "home", socket_path, FakeDriver(), backing_mib=size // _MIB)
+    async with host, HostClient(str(socket_path)) as client:
+
+        async def held() -> int:
+            return (await client.host_info()).backing_bytes
+
+        async with asyncio.timeout(60):
+            while await held() < size:
+                await asyncio.sleep(0.01)
+        made = await client.create_machine(spec)
+        after_start = await held()
+        taken = await client.create_snapshot(str(uuid.uuid4()), made.id)
+        after_save = await held()
+        await client.restore_machine(made.id, taken.id)
+        assert size > after_start > after_save > await held()
