@@ -25,8 +25,6 @@ from vmm.images.manifest import Manifest
 from vmm.images.store import ImageStore
 from vmm.types import SnapshotStep
 
-#: What gVisor and the file system need to save a machine, besides a page for each that they write.
-_SAVE_MIB = 16
 _MIB = 1024 * 1024
 
 logger = logging.getLogger(__name__)
@@ -74,7 +72,8 @@ class Images:
         try:
             draft = await _in_thread(self._store.draft, image)
             stats = await self._driver.stats(unit)
-            self._backing.release((stats.memory_bytes - stats.cached_bytes) / _MIB + _SAVE_MIB)
+            # A little more than is written: the heap of the sandbox's kernel is not.
+            self._backing.release((stats.memory_bytes - stats.cached_bytes) / _MIB)
             return await self._driver.save(unit, draft)
         except BaseException:
             self._store.discard(image)
