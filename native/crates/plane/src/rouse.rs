@@ -20,8 +20,8 @@ use crate::streams::machine::Link;
 use crate::table::Sandbox;
 use crate::wake::Wake;
 
-/// For hostd's answer; a thaw takes a millisecond.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// For hostd's answer. A thaw takes a millisecond, and a hostd that is too busy for one is so whoever asks.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A frozen sandbox as its record has it.
 pub struct Sleeper {
