@@ -48,7 +48,8 @@ async def test_what_was_written_to_the_disk_can_be_run(box: Box) -> None:
 
 async def test_a_file_larger_than_the_memory_fits_the_disk(client: HostClient) -> None:
     box = Box(client, await client.create_machine(machine_spec(memory_mib=256, disk_mib=1024)))
-    done = await box.run("dd", "if=/dev/urandom", "of=/workspace/big", "bs=1M", "count=600")
+    # Whole blocks: a signal may cut a read of random bytes short.
+    done = await box.run("dd", "if=/dev/urandom", "of=/workspace/big", "bs=1M", "count=600", "iflag=fullblock")
     assert done.exit.exit_code == 0, done.stderr
     assert (await box.shell("stat -c %s /workspace/big")).strip() == str(600 * _MIB)
     await client.destroy_machine(box.machine.id, StopCause.REQUESTED)
