@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import uuid
@@ -12,6 +13,7 @@ import pytest
 
 from tests.vmm.gvisor.support import opened_driver, until
 from vmm.drivers.base import Shape
+from vmm.drivers.gvisor import processes
 from vmm.drivers.gvisor.turns import Turns
 from vmm.drivers.gvisor.unit import Unit
 
@@ -51,14 +53,19 @@ async def kernel(host: Host, tmp_path: Path) -> AsyncIterator[int]:
 
 def policies(*pids: int) -> set[int]:
     """Of all threads of these processes."""
-    threads = (thread.name for pid in pids for thread in Path(f"/proc/{pid}/task").iterdir())
-    return {os.sched_getscheduler(int(thread)) for thread in threads}
+    found = set()
+    for thread in (thread for pid in pids for thread in processes.threads(pid)):
+        with contextlib.suppress(ProcessLookupError):
+            found.add(os.sched_getscheduler(thread))
+    return found
 
 
 def descendants(pid: int) -> set[int]:
     """Processes that come of this one."""
-    lists = ((thread / "children").read_text() for thread in Path(f"/proc/{pid}/task").iterdir())
-    found = {int(child) for line in lists for child in line.split()}
+    found = set()
+    for thread in processes.threads(pid):
+        with contextlib.suppress(OSError):
+            found.update(map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split()))
     return found.union(*map(descendants, found))
 
 

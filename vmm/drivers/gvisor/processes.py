@@ -21,6 +21,13 @@ def start_time(pid: int) -> int | None:
     return None if fields is None or fields[_FIELD_STATE] == "Z" else int(fields[_FIELD_STARTED])
 
 
+def threads(pid: int) -> list[int]:
+    """A process's threads; none when it has ended."""
+    with contextlib.suppress(OSError):
+        return [int(thread.name) for thread in Path(f"/proc/{pid}/task").iterdir()]
+    return []
+
+
 def reap_orphans(spare: Collection[int]) -> None:
     """Reap dead children that came from elsewhere, except those in `spare`.
 

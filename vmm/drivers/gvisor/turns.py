@@ -23,6 +23,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from vmm.drivers.gvisor import processes
 from vmm.drivers.gvisor.unit import Unit
 
 _PERIOD_S = 0.5
@@ -67,10 +68,10 @@ class Turns:
         policy = os.SCHED_OTHER if self.is_busy else os.SCHED_BATCH
         for unit in units:
             unit.is_urgent = self.is_busy
-            with contextlib.suppress(OSError):  # it has ended
-                for thread in Path(f"/proc/{unit.pid}/task").iterdir():
-                    # One that begins meanwhile is as the one it came of: at worst it is slower.
-                    os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
+            for thread in processes.threads(unit.pid):
+                # One that begins meanwhile is as the one it came of: at worst it is slower.
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setscheduler(thread, policy, os.sched_param(0))
 
     def _times(self) -> tuple[int, int]:
         """Clock ticks of all processors, idle and in all."""
