@@ -11,8 +11,10 @@ import contextlib
 import json
 import logging
 import os
+import select
 import signal
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -25,6 +27,8 @@ from vmm.host import crash
 from vmm.host.config import HostConfig, PoolConfig
 from vmm.host.server import serve
 from vmm.templates.store import TemplateStore
+
+_DYING_S = 2.0
 
 
 async def _main(settings: dict[str, dict[str, object]]) -> None:
@@ -52,8 +56,18 @@ def _kill_sandboxes(instance: str, count: int) -> None:
             line = path.read_bytes()
             if line.startswith(b"runsc-sandbox") and instance.encode() in line:
                 sandboxes.append(int(path.parent.name))
-    for pid in sorted(sandboxes)[-count:]:
-        os.kill(pid, signal.SIGKILL)
+    with contextlib.ExitStack() as closing:
+        ends = select.poll()
+        doomed = sorted(sandboxes)[-count:]
+        for pid in doomed:
+            pidfd = os.pidfd_open(pid)
+            closing.callback(os.close, pidfd)
+            ends.register(pidfd, select.POLLIN)
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        # One that takes a moment to die would pass for alive. A frozen one dies only once it is thawed.
+        until = time.monotonic() + _DYING_S
+        while len(ends.poll(10)) < len(doomed) and time.monotonic() < until:
+            time.sleep(0.001)
 
 
 if __name__ == "__main__":
