@@ -1,7 +1,7 @@
 """`python -m loadtests.lifecycle [CASE ...]`: measure saving, copying, pausing and waking on a server of its own.
 
-Without names all cases run, which takes about ten minutes; with --cycles also those that count losses over thousands
-of moves, a quarter of an hour more. Results go to loadtests/results/.
+Without names all cases run, which takes about five minutes; with --cycles also those that count losses over thousands
+of moves, ten minutes more. Results go to loadtests/results/.
 """
 
 from __future__ import annotations

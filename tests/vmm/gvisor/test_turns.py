@@ -62,10 +62,7 @@ def policies(*pids: int) -> set[int]:
 
 def descendants(pid: int) -> set[int]:
     """Processes that come of this one."""
-    found = set()
-    for thread in processes.threads(pid):
-        with contextlib.suppress(OSError):
-            found.update(map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split()))
+    found = set(processes.children(pid))
     return found.union(*map(descendants, found))
 
 

@@ -28,6 +28,13 @@ def threads(pid: int) -> list[int]:
     return []
 
 
+def children(pid: int) -> Iterator[int]:
+    """Of all threads of a process: orphans are given to any thread of a subreaper."""
+    for thread in threads(pid):
+        with contextlib.suppress(OSError):
+            yield from map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+
+
 def reap_orphans(spare: Collection[int]) -> None:
     """Reap dead children that came from elsewhere, except those in `spare`.
 
@@ -35,7 +42,7 @@ def reap_orphans(spare: Collection[int]) -> None:
     what it leaves behind into sessions of their own.
     """
     own_session = os.getsid(0)
-    for pid in _children():
+    for pid in children(os.getpid()):
         fields = _stat(pid)
         if fields and fields[_FIELD_STATE] == "Z" and int(fields[_FIELD_SESSION]) != own_session and pid not in spare:
             with contextlib.suppress(ChildProcessError):
@@ -51,13 +58,6 @@ def with_argument(prefix: str) -> Iterator[tuple[int, str]]:
                     if argument.startswith(prefix):
                         yield int(entry.name), argument.removeprefix(prefix)
                         break
-
-
-def _children() -> Iterator[int]:
-    # Orphans are given to any thread of the subreaper.
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):
-            yield from map(int, (task / "children").read_text().split())
 
 
 def _stat(pid: int) -> list[str] | None:
